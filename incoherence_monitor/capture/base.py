@@ -1,0 +1,67 @@
+"""What capture hands on, and how forwards are told from recomputations.
+
+Capture yields queries and keys and knows no formula.
+
+Layer 3: imports torch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionInput:
+    """What one attention call received.
+
+    Attributes:
+        layer: name of the layer.
+        query: [B, Hq, L, d], detached, after rotary embedding and QK-norm.
+        key: [B, Hk, L, d], detached.
+        scale: the factor s of the product.
+        valid: bool [B, L], or None if every token is valid.
+        micro: which of the step's micro-batches this is, from 0.
+    """
+
+    layer: str
+    query: Tensor
+    key: Tensor
+    scale: float
+    valid: Tensor | None
+    micro: int
+
+
+Receiver = Callable[[AttentionInput], None]
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward on this thread, as it is while a checkpointed forward is recomputed."""
+    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined,no-any-return,unused-ignore]
+
+
+@dataclass
+class CallCounter:
+    """Counts one layer's calls in a step once each, however often activation checkpointing runs them again.
+
+    Non-reentrant checkpointing counts in the forward, and each recomputation in the backward takes one off `pending`.
+    Reentrant checkpointing runs its forward without gradient, which is never offered here, so nothing is pending when
+    the recomputation comes and that one counts.
+    """
+
+    counted: int = 0
+    pending: int = 0
+
+    def take(self) -> int | None:
+        """Offer a call; returns its number among those that count, or None for a recomputation."""
+        if in_backward():
+            if self.pending:
+                self.pending -= 1
+                return None
+        else:
+            self.pending += 1
+        self.counted += 1
+        return self.counted - 1

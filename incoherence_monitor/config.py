@@ -1,0 +1,102 @@
+"""`MonitorConfig`: every setting of the monitor, validated when constructed.
+
+Layer 2: imports errors and the table of statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import SettingError
+from .stats import DEFAULT_ALERTING, check_names
+
+WINDOW_LADDER = (256, 128, 64, 32)
+"""Window lengths tried when sequences are too short for the default one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """Settings of `IncoherenceMonitor` and `IncoherenceCallback`.
+
+    Attributes:
+        window: tokens in a window, at least 2. The default of 256 gives way to 128, 64 or 32, once and for the whole
+            run, where most sequences of the first batch are shorter; any other value is used as it is.
+        windows_per_sample: windows in one sample over all micro-batches and ranks together, at least 1. Half lie at
+            the start of sequences, half at drawn offsets.
+        statistics: names of the statistics that raise alerts; all are recorded whatever is named here.
+        baseline_samples: samples a baseline holds, at least 28 (24 to be armed, and the 4 newest left out).
+        false_alarm_every: mean number of samples between false warnings of the whole model, at least 1; the one knob
+            of sensitivity. Smaller is more sensitive.
+        include: globs of layer names to watch.
+        exclude: globs of layer names to leave out; wins over `include`.
+        seed: seed of the monitor's own generator, which draws window offsets.
+
+    Raises:
+        SettingError: naming the field, its value and what is allowed.
+    """
+
+    window: int = 256
+    windows_per_sample: int = 8
+    statistics: tuple[str, ...] = DEFAULT_ALERTING
+    baseline_samples: int = 40
+    false_alarm_every: float = 5000.0
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Validate every field and bring sequences into tuples."""
+        for name in ("statistics", "include", "exclude"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+                raise SettingError(f"{name} must be a sequence of strings; got {value!r}.")
+            object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, "statistics", check_names(self.statistics))
+        for name, least in (("window", 2), ("windows_per_sample", 1), ("baseline_samples", 28)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise SettingError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise SettingError(f"seed must be a whole number of at least 0; got {self.seed!r}.")
+        every = self.false_alarm_every
+        if isinstance(every, bool) or not isinstance(every, (int, float)) or not 1 <= every < float("inf"):
+            raise SettingError(f"false_alarm_every must be a number of samples of at least 1; got {every!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values that JSON can hold."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MonitorConfig:
+        """The inverse of `to_dict`.
+
+        Args:
+            values: field names and values.
+
+        Raises:
+            SettingError: if a name is no setting or a value is out of range.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise SettingError(f"Unknown settings {unknown}; known are {sorted(known)}.")
+        return cls(**values)
+
+
+def check_every(every: int) -> int:
+    """Check a sampling interval.
+
+    Args:
+        every: training steps between samples.
+
+    Returns:
+        The same number.
+
+    Raises:
+        SettingError: if it is not a whole number of at least 1.
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise SettingError(f"every must be a whole number of training steps of at least 1; got {every!r}.")
+    return every

@@ -1,0 +1,35 @@
+"""What is watched and what is not, said plainly.
+
+Layer 0: imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a monitor sees.
+
+    Attributes:
+        watched: layers it watches.
+        seen: those of them that have yielded windows so far.
+        out_of_reach: layers it does not watch, with why.
+        skipped: what was left out, with how often.
+        failures: failures and notices of the monitor itself, with how often.
+    """
+
+    watched: tuple[str, ...]
+    seen: tuple[str, ...]
+    out_of_reach: dict[str, str]
+    skipped: dict[str, int]
+    failures: dict[str, int]
+
+    def __str__(self) -> str:
+        """A few lines for a terminal."""
+        lines = [f"{len(self.watched)} attention layers watched, {len(self.seen)} seen so far"]
+        lines += [f"not watched: {name}: {why}" for name, why in self.out_of_reach.items()]
+        lines += [f"skipped {count} times: {reason}" for reason, count in self.skipped.items()]
+        lines += [f"told {count} times: {kind}" for kind, count in self.failures.items()]
+        return "\n".join(lines)

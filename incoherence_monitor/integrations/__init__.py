@@ -1,0 +1,1 @@
+"""Training frameworks; each is imported in its own file alone."""

@@ -1,0 +1,67 @@
+"""The monitor's state beside a Trainer's checkpoints: a file each, found again by name and hash.
+
+Trainer does not tell a callback which folder it saves to or resumes from, but it keeps a small dictionary for it in
+`trainer_state.json`; the name and hash of the state file travel there.
+
+Layer 5: imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = "state"
+
+
+def save(state: Mapping[str, Any], directory: Path, *, acted: bool) -> dict[str, Any]:
+    """Write a state file, whole or not at all.
+
+    Args:
+        state: the monitor's `state_dict`.
+        directory: the monitor's output directory.
+        acted: whether a critical alert has already saved or stopped the run.
+
+    Returns:
+        Plain values by which `load` finds and checks it.
+    """
+    buffer = io.BytesIO()
+    torch.save({"monitor": dict(state), "acted": acted}, buffer)
+    content = buffer.getvalue()
+    digest = hashlib.sha256(content).hexdigest()
+    # A run that stops, resumes and comes past the same step again must not replace the file of its older checkpoint.
+    name = f"step-{max(int(state['last_step']), 0):08d}-{digest[:12]}.pt"
+    folder = directory / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{name}.part"
+    part.write_bytes(content)
+    part.replace(folder / name)
+    return {"file": name, "folder": str(folder.resolve()), "sha256": digest}
+
+
+def load(saved: Any, directory: Path) -> tuple[dict[str, Any], bool] | str:
+    """Find and check a state file.
+
+    Args:
+        saved: what `save` returned, read back from `trainer_state.json`; None if there is none.
+        directory: the monitor's output directory now; the folder it was saved in is tried too.
+
+    Returns:
+        The monitor's state and whether it had acted; or a sentence without its full stop saying why there is none.
+    """
+    if not isinstance(saved, Mapping) or "file" not in saved:
+        return "the checkpoint resumed from holds no monitor state"
+    places = [directory / FOLDER / saved["file"], Path(saved["folder"]) / saved["file"]]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        return f"the monitor state {saved['file']} of the checkpoint resumed from was not found in {places[0].parent}"
+    content = found.read_bytes()
+    if hashlib.sha256(content).hexdigest() != saved["sha256"]:
+        return f"the monitor state {found} is not the one that the checkpoint was saved with"
+    state = torch.load(io.BytesIO(content), weights_only=True)
+    return state["monitor"], bool(state["acted"])

@@ -1,0 +1,404 @@
+"""`IncoherenceMonitor`: when to sample, when to judge, and where the results go.
+
+Layer 4: imports layers 0 to 3 (and the pictures, which it only hands on).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from . import distributed
+from .capture import AttentionInput, CallCounter
+from .capture.hf import HuggingFaceCapture
+from .config import MonitorConfig, check_every
+from .coverage import Coverage
+from .dashboard import Dashboard
+from .errors import ModelError, SettingError
+from .judge import Judge
+from .ops import check_shapes
+from .pipeline import Pipeline
+from .records import Alert, LayerInfo
+from .reporting import Reporter
+from .sampling import WindowSampler
+from .state import STATE_FORMAT, changed_settings, check_state, fingerprint
+from .trackers import CompositeTracker, Tracker, as_tracker
+
+if TYPE_CHECKING:
+    from .history import History
+
+SAMPLES_IN_MEMORY = 1000
+"""Samples that the history keeps where there is no output directory."""
+
+
+class IncoherenceMonitor:
+    """Watches the attention heads of one model while it trains.
+
+    Every `every` steps it takes the queries and keys each head used, computes the statistics of METRICS.md, compares
+    each head with its own baseline and with its cohort, and logs and alerts. It never raises into the training loop
+    after the first step, and leaves gradients, weights and random generators untouched.
+
+    Example:
+        >>> monitor = IncoherenceMonitor(every=1)
+        >>> with monitor.step(0):
+        ...     monitor.observe("layer0", torch.randn(2, 4, 64, 16), torch.randn(2, 4, 64, 16))
+        >>> monitor.flush()
+        >>> monitor.samples
+        1
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        *,
+        every: int = 10,
+        config: MonitorConfig | None = None,
+        output_dir: str | Path | None = None,
+        trackers: Iterable[Tracker | str | Any] = (),
+        on_alert: Callable[[Alert], None] | None = None,
+        micro_batches: int = 1,
+    ) -> None:
+        """Attach to a model, before its first (compiled) forward.
+
+        Args:
+            model: a Hugging Face model, possibly wrapped; None if attention is shown by `observe` alone.
+            every: training steps between samples, at least 1.
+            config: settings; None for the defaults.
+            output_dir: folder for history and pictures; None keeps the newest 1,000 samples in memory.
+            trackers: `Tracker` objects, the names "tensorboard" or "wandb", or objects with `log(values, step=...)`
+                such as those in `accelerator.trackers`.
+            on_alert: called with every alert, on the main process, when it is raised.
+            micro_batches: forwards of one training step, over which the windows of a sample are spread.
+
+        Raises:
+            SettingError: if a setting is out of range or the output directory cannot be written to.
+            ModelError: if the model holds no attention layer that can be watched.
+            MissingDependencyError: if a tracker's package is not installed.
+        """
+        self.every = check_every(every)
+        self.config = config if config is not None else MonitorConfig()
+        if not isinstance(self.config, MonitorConfig):
+            raise SettingError(f"config must be a MonitorConfig; got {config!r}.")
+        if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
+            raise SettingError(f"micro_batches must be a whole number of at least 1; got {micro_batches!r}.")
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self._reporter = Reporter()
+        rank, self._world_size = distributed.rank_and_world()
+        self._capture = None if model is None else self._attach(model)
+        self._observed: dict[str, CallCounter] = {}
+        self._sampler = WindowSampler(self.config, rank=rank, world_size=self._world_size)
+        self._sampler.micro_batches = micro_batches
+        self._open_step: int | None = None
+        self._last_step = -1
+        self._armed = False
+        self._closed = False
+        given = [as_tracker(tracker, directory=self.output_dir) for tracker in trackers] if rank == 0 else []
+        dashboard = Dashboard(
+            CompositeTracker(given, self._reporter.guard),
+            self._reporter,
+            directory=self.output_dir if rank == 0 else None,
+            settings={"every": self.every, **self.config.to_dict()},
+            keep_in_memory=SAMPLES_IN_MEMORY,
+        )
+        self._dashboard = dashboard
+        self._pipeline = Pipeline(
+            self._sampler,
+            Judge(self.config),
+            dashboard,
+            self._reporter,
+            rank=rank,
+            world_size=self._world_size,
+            on_alert=on_alert,
+        )
+
+    def _attach(self, model: nn.Module) -> HuggingFaceCapture:
+        if not isinstance(model, nn.Module):
+            raise SettingError(f"model must be a torch.nn.Module or None; got {type(model).__name__}.")
+        capture = HuggingFaceCapture(
+            model,
+            self._receive,
+            include=self.config.include,
+            exclude=self.config.exclude,
+            on_error=self._reporter.failed,
+        )
+        if not capture.taps:
+            if capture.excluded:
+                found = f"{len(capture.excluded)} attention layers, all left out by include and exclude"
+            elif capture.unreachable:
+                name, why = next(iter(capture.unreachable.items()))
+                found = f"{len(capture.unreachable)} out of reach, the first being {name}: {why}"
+            else:
+                found = "no attention at all"
+            raise ModelError(
+                f"{type(model).__name__} has no attention layer that can be watched ({found}). Watched are layers "
+                "that ask transformers (>= 5.1) for their attention function; for others leave out the model and "
+                "call monitor.observe(name, query, key) in the attention code."
+            )
+        for name, why in capture.unreachable.items():
+            self._reporter.notice(f"out of reach: {name}", f"{name} is not watched: {why}")
+        return capture
+
+    def step(self, step: int) -> AbstractContextManager[None]:
+        """Wrap a training step: forward and backward, of all its micro-batches.
+
+        Entered again with the same step, it adds to the same sample. A sample is taken when `step % every == 0`;
+        otherwise nothing at all is done. The sample before is judged when a new one begins.
+
+        Args:
+            step: number of the training step, the same on every rank.
+
+        Returns:
+            A context manager.
+        """
+        return _Step(self, step)
+
+    def _enter(self, step: int) -> None:
+        self._pipeline.clock.begin()
+        if self._open_step is not None and step != self._open_step:
+            self._timed("ending a sample", self._seal)
+        if step % self.every or self._closed:
+            return
+        if step != self._open_step:
+            if step <= self._last_step:
+                self._reporter.notice(
+                    "step repeated",
+                    f"step {step} comes after step {self._last_step} and is not sampled again; give monitor.step() "
+                    "a number that grows over the whole run",
+                )
+                return
+            self._timed("judging a sample", self._pipeline.take_up)
+            self._timed("beginning a sample", lambda: self._open(step))
+        elif self._capture is not None:
+            self._timed("arming", self._capture.resume)
+        self._armed = True
+
+    def _exit(self) -> None:
+        if self._armed:
+            self._armed = False
+            if self._capture is not None:
+                self._reporter.guard("disarming", self._capture.disarm)
+
+    def _open(self, step: int) -> None:
+        self._open_step = self._last_step = step
+        self._sampler.open(step)
+        self._observed = {}
+        if self._capture is not None:
+            self._capture.arm()
+
+    def observe(
+        self, name: str, query: Tensor, key: Tensor, *, scale: float | None = None, valid: Tensor | None = None
+    ) -> None:
+        """Show the monitor one attention call that cannot be reached otherwise. Does nothing between samples.
+
+        Args:
+            name: name of the layer, the same at every step.
+            query: [B, Hq, L, d], as the attention product receives it, before the scale.
+            key: [B, Hk, L, d], Hq a multiple of Hk.
+            scale: the factor s of the product; None means d ** -0.5.
+            valid: bool [B, L]; None if every token is valid.
+
+        Raises:
+            SettingError: if the shapes do not fit together; until the first sample is complete, never later.
+        """
+        if not self._armed:
+            if self.samples == 0:
+                check_shapes(query, key, valid)
+            return
+        if self.samples == 0 and not self._pipeline.in_flight:
+            check_shapes(query, key, valid)
+
+        def show() -> None:
+            micro = self._observed.setdefault(name, CallCounter()).take()
+            if micro is not None:
+                factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+                self._receive(AttentionInput(name, query.detach(), key.detach(), factor, valid, micro))
+
+        self._reporter.guard(f"observing {name}", show)
+
+    def _receive(self, given: AttentionInput) -> None:
+        self._pipeline.clock.measure(lambda: self._sampler.receive(given, self._describe))
+
+    def _describe(self, given: AttentionInput) -> LayerInfo:
+        taps = self._capture.taps if self._capture is not None else []
+        index = next((at for at, tap in enumerate(taps) if tap.name == given.layer), None)
+        cohort = "global"
+        if index is None:
+            known = [layer.index for layer in self._sampler.layers.values() if layer.index >= len(taps)]
+            index = max(known, default=len(taps) - 1) + 1
+        elif getattr(taps[index].module, "sliding_window", None):
+            cohort = "sliding"
+        _, query_heads, _, dim = given.query.shape
+        return LayerInfo(given.layer, index, query_heads, given.key.shape[1], dim, cohort=cohort)
+
+    def _seal(self) -> None:
+        step, self._open_step = self._open_step, None
+        assert step is not None
+        if self._capture is not None and (unseen := self._capture.unseen()):
+            self._reporter.notice(
+                "layers unseen",
+                f"{len(unseen)} of {len(self._capture.taps)} attention layers should have been seen at step {step} "
+                f"and were not, the first being {unseen[0]}: {self._capture.probable_cause()}.",
+            )
+        self._pipeline.submit(step)
+
+    def _timed(self, doing: str, call: Callable[[], None]) -> None:
+        self._pipeline.clock.measure(lambda: self._reporter.guard(doing, call))
+
+    def flush(self) -> None:
+        """End the open sample, wait for work in flight and judge it. In a distributed run every rank must call it."""
+        if self._open_step is not None:
+            self._exit()
+            self._timed("ending a sample", self._seal)
+        self._pipeline.flush()
+
+    @property
+    def samples(self) -> int:
+        """Number of samples taken and judged."""
+        return self._pipeline.samples
+
+    @property
+    def alerts(self) -> list[Alert]:
+        """Alerts raised so far, oldest first."""
+        return self._pipeline.alerts
+
+    @property
+    def latest(self) -> dict[str, dict[tuple[str, int], float]]:
+        """The last sample as {statistic: {(layer name, head): value}}; a single process finishes it first."""
+        if self._world_size == 1 and not self._armed:
+            self.flush()
+        latest = self._pipeline.latest
+        if latest is None:
+            return {}
+        layout, values = latest.layout, latest.values
+        return {
+            name: dict(zip(layout.heads(name), (float(value) for value in values[part]), strict=True))
+            for name, part in layout.slices.items()
+        }
+
+    @property
+    def history(self) -> History:
+        """What has been recorded so far, read from the output directory, or the newest samples in memory.
+
+        Raises:
+            HistoryError: if nothing has been recorded yet.
+        """
+        return self._dashboard.history()
+
+    @property
+    def confirmed_critical(self) -> bool:
+        """Whether a critical alert is open and was seen again at a second sample."""
+        judge = self._pipeline.judge
+        return judge.layout is not None and judge.book.confirmed_critical
+
+    def coverage(self) -> Coverage:
+        """Which layers are watched, which are not and why, what was skipped, and what failed; each with its count."""
+        capture = self._capture
+        watched = [tap.name for tap in capture.taps] if capture is not None else []
+        watched += [name for name in self._sampler.layers if name not in watched]
+        skipped = dict(self._sampler.skipped)
+        out_of_reach: dict[str, str] = {}
+        if capture is not None:
+            skipped |= {f"calls: {reason}": count for reason, count in capture.skipped.items()}
+            out_of_reach = dict(capture.unreachable)
+            out_of_reach |= dict.fromkeys(capture.excluded, "left out by include and exclude")
+        seen = [name for name in watched if sum(map(sum, self._plan_parts(name)))]
+        return Coverage(tuple(watched), tuple(seen), out_of_reach, skipped, dict(self._reporter.counts))
+
+    def _plan_parts(self, name: str) -> tuple[tuple[int, int], ...]:
+        plan = self._sampler.plans.get(name)
+        return plan.parts if plan is not None else ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything later judgements depend on: tensors and plain values, fit for `torch.save`. Flushes first."""
+        self.flush()
+        return {
+            "format": STATE_FORMAT,
+            "every": self.every,
+            "config": self.config.to_dict(),
+            "model": fingerprint(self._capture),
+            "samples": self.samples,
+            "last_step": self._last_step,
+            "alerts": [alert.to_dict() for alert in self.alerts],
+            "sampler": self._sampler.state_dict(),
+            "judge": self._pipeline.judge.state_dict(),
+        }
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """`state_dict` for a caller that runs on one rank alone, where waiting for the others would hang.
+
+        Raises:
+            RuntimeError: if a sample is in flight in a distributed run; every rank should have flushed before.
+        """
+        if self._world_size > 1 and (self._open_step is not None or self._pipeline.in_flight):
+            raise RuntimeError("a sample is still in flight on several ranks; flush() on every rank before saving")
+        return self.state_dict()
+
+    def report(self, doing: str, error: BaseException) -> None:
+        """Count a failure at the monitor's edge and tell it once."""
+        self._reporter.failed(doing, error)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`, judging as if the run had never stopped.
+
+        Where settings have changed that baselines depend on (window, windows per sample, statistics, baseline
+        length), that is said and the baseline starts anew.
+
+        Args:
+            state: what `state_dict` returned.
+
+        Raises:
+            StateError: if it is no such state, of an unknown format, or of another model.
+        """
+        check_state(state, fingerprint(self._capture))
+        self.flush()
+        if state["every"] != self.every:
+            self._reporter.notice(
+                "every changed", f"samples were {state['every']} steps apart before and are {self.every} apart now"
+            )
+        self._last_step, self._pipeline.samples = state["last_step"], state["samples"]
+        self._pipeline.alerts[:] = [Alert.from_dict(alert) for alert in state["alerts"]]
+        if changed := changed_settings(state, self.config):
+            self._reporter.notice("settings changed", f"{', '.join(changed)} changed; the baseline starts anew")
+            return
+        self._sampler.load_state_dict(state["sampler"])
+        self._pipeline.judge.load_state_dict(state["judge"])
+
+    def close(self) -> None:
+        """Judge what is in flight, write the last picture and summary, and let go of model, threads and files."""
+        if self._closed:
+            return
+        self.flush()
+        self._exit()
+        self._closed = True
+        self._pipeline.close()
+
+    def __enter__(self) -> IncoherenceMonitor:
+        """Return the monitor itself, to be closed at the end of the block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+class _Step(AbstractContextManager[None]):
+    """One entry of `IncoherenceMonitor.step`."""
+
+    def __init__(self, monitor: IncoherenceMonitor, step: int) -> None:
+        self._monitor = monitor
+        self._step = step
+
+    def __enter__(self) -> None:
+        self._monitor._enter(self._step)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._monitor._exit()

@@ -1,0 +1,268 @@
+"""The fast statistics: batched over windows and heads, from d x d Gram matrices, no L x L array.
+
+From query [B, Hq, L, d] and key [B, Hk, L, d] to one number per window and head. All products are taken in float64
+(float32 where the device has none), which no autocast, TF32 or matmul-precision setting of the user's run reaches.
+
+Legend of shape suffixes: B windows, G key heads, R query heads per key head, Q = G * R query heads, L tokens,
+D head dimension.
+
+Layer 1: imports torch, errors and constants.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import SettingError
+from .constants import KEYS_EQUAL_BELOW, RANK_SHARE
+
+_FULL_RANK_ABOVE = 1e-11
+"""Smallest squared Cholesky pivot, as a share of the Gram matrix's norm, at which keys count as of full rank."""
+_FULL_RANK_RIDGE = 1e-15
+_DEFICIENT_RIDGE = 1e-11
+"""Ridge that stands in for the pseudo-inverse of deficient keys: it keeps singular values above 1e-4 of the largest
+to within 1e-3, drops those below 1e-6, and needs neither an SVD nor a host sync."""
+
+
+def check_shapes(query: Tensor, key: Tensor, valid: Tensor | None = None) -> None:
+    """Check that query, key and valid fit together.
+
+    Args:
+        query: should be [B, Hq, L, d].
+        key: should be [B, Hk, L, d], Hq a multiple of Hk.
+        valid: should be bool [B, L] or None.
+
+    Raises:
+        SettingError: naming the shapes and what is allowed.
+    """
+    shapes = f"query {list(query.shape)}, key {list(key.shape)}"
+    if query.dim() != 4 or key.dim() != 4:
+        raise SettingError(f"query and key must have four axes, [batch, heads, tokens, head_dim]; got {shapes}.")
+    if not (query.is_floating_point() and key.is_floating_point()):
+        raise SettingError(f"query and key must be floating point; got {query.dtype} and {key.dtype}.")
+    if query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
+        raise SettingError(f"query and key must agree in batch, tokens and head_dim; got {shapes}.")
+    if 0 in query.shape or 0 in key.shape:
+        raise SettingError(f"query and key must not be empty; got {shapes}.")
+    if query.shape[1] % key.shape[1]:
+        raise SettingError(
+            f"The number of query heads must be a multiple of the number of key heads; got {query.shape[1]} query "
+            f"heads and {key.shape[1]} key heads ({shapes})."
+        )
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != (query.shape[0], query.shape[2])):
+        raise SettingError(
+            f"valid must be bool of shape [batch, tokens] = {[query.shape[0], query.shape[2]]}; "
+            f"got {valid.dtype} {list(valid.shape)}."
+        )
+
+
+def _working_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def smooth_statistics(
+    query: Tensor, key: Tensor, *, scale: float, valid: Tensor | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Every statistic that needs no eigenvalues, and the core whose eigenvalues give the others.
+
+    Args:
+        query: [B, Hq, L, d], any float dtype; shapes already checked.
+        key: [B, Hk, L, d], any float dtype.
+        scale: the factor s of the attention product.
+        valid: bool [B, L]; tokens that are False are left out.
+
+    Returns:
+        The statistics as float32 [B, Hk] or [B, Hq], NaN where undefined; and the core [B, Hq, d, d], float32,
+        symmetric, whose eigenvalues are proportional to the squared singular values of the energy field.
+    """
+    dtype = _working_dtype(query.device)
+    query_BQLD, key_BGLD = query.detach().to(dtype), key.detach().to(dtype)
+    batch, query_heads, length, dim = query.shape
+    key_heads = key.shape[1]
+    if valid is None:
+        count_B1 = torch.full((batch, 1), float(length), dtype=dtype, device=query.device)
+    else:
+        keep_B1L1 = valid[:, None, :, None]
+        zero = torch.zeros((), dtype=dtype, device=query.device)
+        # where, not a product: what lies at an invalid position may be NaN.
+        query_BQLD, key_BGLD = torch.where(keep_B1L1, query_BQLD, zero), torch.where(keep_B1L1, key_BGLD, zero)
+        count_B1 = valid.sum(dim=1, keepdim=True).to(dtype)
+    nan = torch.full((), float("nan"), dtype=dtype, device=query.device)
+
+    square_BGL = key_BGLD.square().sum(dim=-1)
+    raw_energy_BG = square_BGL.sum(dim=-1)
+    result = {
+        "key_incoherence": torch.where(raw_energy_BG > 0, count_B1 * square_BGL.amax(dim=-1) / raw_energy_BG, nan),
+        "key_norm": square_BGL.sqrt().sum(dim=-1) / count_B1,
+    }
+
+    # Centre before squaring: K^T K - L kbar kbar^T loses the digits that a large mean key takes.
+    centred_BGLD = key_BGLD - key_BGLD.sum(dim=-2, keepdim=True) / count_B1[:, :, None, None]
+    if valid is not None:
+        centred_BGLD = torch.where(keep_B1L1, centred_BGLD, zero)
+    key_energy_BG = centred_BGLD.square().sum(dim=(-2, -1))
+    equal_BG = ~(key_energy_BG > KEYS_EQUAL_BELOW * raw_energy_BG)
+    # Ranks and shares do not depend on scale: dividing it out keeps tiny and huge keys away from under- and overflow.
+    unit_BGLD = centred_BGLD / torch.where(equal_BG, 1.0, key_energy_BG.sqrt())[:, :, None, None]
+    key_gram_BGDD = unit_BGLD.mT @ unit_BGLD
+    factor_BGDD, leverage_BGL = _factor_and_leverage(key_gram_BGDD, unit_BGLD)
+    result["key_leverage"] = torch.where(equal_BG, nan, count_B1 / dim * leverage_BGL.amax(dim=-1))
+
+    query_energy_BQ = query_BQLD.square().sum(dim=(-2, -1))
+    no_query_BQ = ~(query_energy_BQ > 0)
+    unit_BQLD = query_BQLD / torch.where(no_query_BQ, 1.0, query_energy_BQ.sqrt())[:, :, None, None]
+    query_gram_BGRDD = (unit_BQLD.mT @ unit_BQLD).reshape(batch, key_heads, -1, dim, dim)
+    result["query_participation_rank"] = torch.where(
+        no_query_BQ, nan, 1.0 / query_gram_BGRDD.square().sum(dim=(-2, -1)).flatten(1, 2)
+    )
+
+    # With A = Q^T Q and B = Kc^T Kc: sum sigma^2 = s^2 tr(AB), sum sigma^4 = s^4 tr(ABAB), and column j of E has
+    # energy s^2 kc_j^T A kc_j (METRICS.md).
+    product_BGRDD = query_gram_BGRDD @ key_gram_BGDD[:, :, None]
+    second_BQ = (product_BGRDD * product_BGRDD.mT).sum(dim=(-2, -1)).flatten(1, 2)
+    column_BGRL = ((unit_BGLD[:, :, None] @ query_gram_BGRDD) * unit_BGLD[:, :, None]).sum(dim=-1)
+    column_BQL = column_BGRL.flatten(1, 2).clamp(min=0)
+    first_BQ = column_BQL.sum(dim=-1)
+    undefined_BQ = ~(first_BQ > 0)
+    share_BQL = column_BQL / torch.where(undefined_BQ, 1.0, first_BQ)[:, :, None]
+    group = query_heads // key_heads
+    key_scale_BQ = torch.where(equal_BG, 0.0, key_energy_BG.sqrt()).repeat_interleave(group, dim=1)
+    energy_scale_BQ = abs(scale) * query_energy_BQ.sqrt() * key_scale_BQ * first_BQ.sqrt() / count_B1
+    result["energy_scale"] = torch.where(count_B1 > 0, energy_scale_BQ, nan)
+    result["energy_participation_rank"] = torch.where(undefined_BQ, nan, first_BQ.square() / second_BQ)
+    result["energy_localization"] = torch.where(undefined_BQ, nan, count_B1 * share_BQL.amax(dim=-1))
+    result["energy_spread"] = torch.where(undefined_BQ, nan, 1.0 / (count_B1 * share_BQL.square().sum(dim=-1)))
+
+    core_BGRDD = factor_BGDD.mT[:, :, None] @ query_gram_BGRDD @ factor_BGDD[:, :, None]
+    core_BQDD = core_BGRDD.flatten(1, 2) / torch.where(undefined_BQ, nan, first_BQ)[:, :, None, None]
+    return {name: value.float() for name, value in result.items()}, core_BQDD.float()
+
+
+def _factor_and_leverage(gram_BGDD: Tensor, unit_BGLD: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factor C of the key Gram matrix (B = C C^T) and the leverage of every key."""
+    norm_BG = torch.linalg.matrix_norm(gram_BGDD)
+    norm_BG = torch.where(norm_BG > 0, norm_BG, 1.0)
+    identity_DD = torch.eye(gram_BGDD.shape[-1], dtype=gram_BGDD.dtype, device=gram_BGDD.device)
+    tiny = torch.finfo(gram_BGDD.dtype).eps
+    probe_BGDD, failed_BG = torch.linalg.cholesky_ex(
+        gram_BGDD + (max(_FULL_RANK_RIDGE, tiny) * norm_BG)[..., None, None] * identity_DD
+    )
+    pivot_BG = probe_BGDD.diagonal(dim1=-2, dim2=-1).amin(dim=-1).square()
+    full_BG = (failed_BG == 0) & (pivot_BG > (_FULL_RANK_ABOVE if tiny < _FULL_RANK_RIDGE else 10 * tiny) * norm_BG)
+    ridge_BG = torch.where(full_BG, max(_FULL_RANK_RIDGE, tiny), max(_DEFICIENT_RIDGE, 100 * tiny)) * norm_BG
+    factor_BGDD, _ = torch.linalg.cholesky_ex(gram_BGDD + ridge_BG[..., None, None] * identity_DD)
+    solved_BGDL = torch.linalg.solve_triangular(factor_BGDD, unit_BGLD.mT, upper=False)
+    return factor_BGDD, solved_BGDL.square().sum(dim=-2)
+
+
+def spectral_statistics(core: Tensor) -> dict[str, Tensor]:
+    """The statistics that need the eigenvalues of the energy field.
+
+    Args:
+        core: [..., d, d] float32, symmetric, as `smooth_statistics` returns it; NaN where E is zero.
+
+    Returns:
+        `energy_rank` and `energy_stable_rank`, float32 [...], NaN where undefined.
+    """
+    undefined = ~torch.isfinite(core).all(dim=-1).all(dim=-1)
+    values = torch.linalg.eigvalsh(torch.where(undefined[..., None, None], torch.zeros_like(core), core))
+    descending = values.flip(-1).clamp(min=0).to(_working_dtype(core.device))
+    cumulative = descending.cumsum(dim=-1)
+    total = cumulative[..., -1]
+    nan = torch.full((), float("nan"), device=core.device)
+    rank = (cumulative < RANK_SHARE * total[..., None]).sum(dim=-1).float() + 1
+    stable = (total / torch.where(undefined, 1.0, descending[..., 0])).float()
+    return {
+        "energy_rank": torch.where(undefined, nan, rank),
+        "energy_stable_rank": torch.where(undefined, nan, stable),
+    }
+
+
+@torch.no_grad()
+def head_statistics(
+    query: Tensor, key: Tensor, *, scale: float | None = None, valid: Tensor | None = None, eigen: bool = True
+) -> dict[str, Tensor]:
+    """Statistics of every head, one window per batch entry.
+
+    Query and key are those the attention product receives: after rotary embedding and QK-norm, before the scale. No
+    L x L array is formed and nothing is read back to the host (the eigenvalue routine of a CUDA build may wait for
+    the device; `eigen=False` never does). Definitions: METRICS.md, after arXiv 2605.02907 and arXiv 2604.04384.
+
+    Args:
+        query: [B, Hq, L, d], any float dtype, any device.
+        key: [B, Hk, L, d], Hq a multiple of Hk.
+        scale: the factor s of the attention product; None means d ** -0.5.
+        valid: bool [B, L]; tokens that are False are left out of their window.
+        eigen: also return `energy_rank` and `energy_stable_rank`, which need eigenvalues.
+
+    Returns:
+        float32 tensors by name, key statistics [B, Hk] and query-key statistics [B, Hq]; NaN where a statistic is
+        undefined (all keys equal, no valid token) or the input is not finite.
+
+    Raises:
+        SettingError: if the shapes or dtypes do not fit together.
+
+    Example:
+        >>> q, k = torch.randn(2, 8, 256, 64), torch.randn(2, 2, 256, 64)
+        >>> {name: tuple(value.shape) for name, value in head_statistics(q, k, eigen=False).items()}["key_norm"]
+        (2, 2)
+    """
+    check_shapes(query, key, valid)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    result, core = smooth_statistics(query, key, scale=scale, valid=valid)
+    return result | spectral_statistics(core) if eigen else result
+
+
+@torch.no_grad()
+def interaction_rank(
+    w_q: Tensor, w_k: Tensor, *, num_heads: int, num_key_heads: int, share: float = RANK_SHARE
+) -> Tensor:
+    """Rank of every head's interaction matrix W_Q^T W_K, from the projection weights.
+
+    The capacity a head has learned; divided by its energy rank it is the spectral gap of arXiv 2604.04384.
+
+    Args:
+        w_q: [Hq * d, D], the query projection's weight.
+        w_k: [Hk * d, D], the key projection's weight.
+        num_heads: Hq, number of query heads.
+        num_key_heads: Hk, number of key heads; Hq must be a multiple.
+        share: share of the squared singular values to hold, in (0, 1].
+
+    Returns:
+        float32 [Hq], whole numbers in [1, d]; NaN for a head whose product is zero or not finite.
+
+    Raises:
+        SettingError: if the shapes do not fit the head counts or `share` is out of range.
+    """
+    if num_heads < 1 or num_key_heads < 1 or num_heads % num_key_heads:
+        raise SettingError(
+            "num_heads must be a positive multiple of num_key_heads; "
+            f"got num_heads={num_heads}, num_key_heads={num_key_heads}."
+        )
+    if not 0 < share <= 1:
+        raise SettingError(f"share must lie in (0, 1]; got {share}.")
+    if w_q.dim() != 2 or w_k.dim() != 2 or w_q.shape[1] != w_k.shape[1]:
+        raise SettingError(
+            f"w_q and w_k must be two-axis weights over the same input width; "
+            f"got {list(w_q.shape)} and {list(w_k.shape)}."
+        )
+    dim, left_over = divmod(w_q.shape[0], num_heads)
+    if left_over or dim == 0 or w_k.shape[0] != num_key_heads * dim:
+        raise SettingError(
+            f"w_q must have num_heads * d rows and w_k num_key_heads * d; got {w_q.shape[0]} rows for {num_heads} "
+            f"heads and {w_k.shape[0]} rows for {num_key_heads} key heads."
+        )
+    dtype = _working_dtype(w_q.device)
+    query_HWD = w_q.detach().to(dtype).reshape(num_heads, dim, -1).mT
+    key_HWD = w_k.detach().to(dtype).reshape(num_key_heads, dim, -1).mT
+    r_query_HDD = torch.linalg.qr(query_HWD, mode="r").R
+    r_key_HDD = torch.linalg.qr(key_HWD, mode="r").R.repeat_interleave(num_heads // num_key_heads, dim=0)
+    product_HDD = r_query_HDD @ r_key_HDD.mT
+    undefined_H = ~torch.isfinite(product_HDD).all(dim=-1).all(dim=-1) | (product_HDD == 0).all(dim=-1).all(dim=-1)
+    values_HD = torch.linalg.svdvals(
+        torch.where(undefined_H[:, None, None], torch.zeros_like(product_HDD), product_HDD)
+    )
+    cumulative_HD = values_HD.square().cumsum(dim=-1)
+    rank_H = (cumulative_HD < share * cumulative_HD[:, -1:]).sum(dim=-1).float() + 1
+    return torch.where(undefined_H, torch.full_like(rank_H, float("nan")), rank_H)

@@ -1,0 +1,162 @@
+"""From a sealed sample to its results: host phase on a worker, one collective, judgement, publication.
+
+A sample is taken up when the next one begins, or at flush, checkpoint or close, alike on every rank; never when a
+thread happens to be ready. So alerts depend on steps and data alone.
+
+Layer 4: imports judge, dashboard, distributed, sampling.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from . import distributed
+from .dashboard import Dashboard, sample_metrics
+from .judge import Judge, JudgedSample
+from .records import Alert
+from .reporting import Reporter
+from .sampling import SampleSums, WindowSampler
+
+
+class Clock:
+    """Host time that the monitor has taken, for the sample at hand and since training began."""
+
+    def __init__(self) -> None:
+        """Start at zero; `begin` starts the run's own time."""
+        self.sample = 0.0
+        self._total = 0.0
+        self._began: float | None = None
+
+    def begin(self) -> None:
+        """Note the beginning of training, once."""
+        if self._began is None:
+            self._began = time.perf_counter()
+
+    def measure(self, call: Callable[[], None]) -> None:
+        """Add the time that a call takes."""
+        start = time.perf_counter()
+        try:
+            call()
+        finally:
+            self.sample += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """Close the sample's account: milliseconds of this sample, and the monitor's share of all time so far."""
+        spent, self.sample = self.sample, 0.0
+        self._total += spent
+        elapsed = 0.0 if self._began is None else time.perf_counter() - self._began
+        return {"sample_ms": 1000 * spent, "share": self._total / elapsed if elapsed > 0 else 0.0}
+
+
+class Pipeline:
+    """Holds the sample in flight, the judge, and what has come out so far."""
+
+    def __init__(
+        self,
+        sampler: WindowSampler,
+        judge: Judge,
+        dashboard: Dashboard,
+        reporter: Reporter,
+        *,
+        rank: int,
+        world_size: int,
+        on_alert: Callable[[Alert], None] | None,
+    ) -> None:
+        """Join the parts.
+
+        Args:
+            sampler: where samples come from.
+            judge: what judges them.
+            dashboard: where results go, on rank 0.
+            reporter: where failures go.
+            rank: this process.
+            world_size: number of processes that share a sample.
+            on_alert: the user's function, called with every alert on rank 0.
+        """
+        self.judge = judge
+        self.clock = Clock()
+        self.samples = 0
+        self.alerts: list[Alert] = []
+        self.latest: JudgedSample | None = None
+        self._sampler, self._dashboard, self._reporter = sampler, dashboard, reporter
+        self._rank, self._world_size, self._on_alert = rank, world_size, on_alert
+        self._pending: tuple[int, Future[SampleSums]] | None = None
+        self._worker: ThreadPoolExecutor | None = None
+        self._shared_layout: bool | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a sample waits to be judged."""
+        return self._pending is not None
+
+    def submit(self, step: int) -> None:
+        """Seal the sampler's open sample and start its host phase."""
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="incoherence_monitor")
+        self._pending = (step, self._worker.submit(self._sampler.seal()))
+
+    def take_up(self) -> None:
+        """Judge the sample that waits, if any. Every rank enters at the same step."""
+        if self._pending is None:
+            return
+        (step, future), self._pending = self._pending, None
+        try:
+            sums = future.result()
+        except Exception as error:  # A rank that failed still enters the collective below, with count 0.
+            self._reporter.failed("computing a sample", error)
+            sums = self._sampler.empty()
+        sums = self._over_ranks(sums)
+        self.samples += 1
+        if sums.too_short:
+            self._sampler.skipped["windows for which no sequence was long enough"] += sums.too_short
+        self._tell_if_nothing_fits(sums)
+        self.latest = self.judge.judge(sums, step=step)
+        self.alerts.extend(self.latest.alerts)
+        if self._rank == 0:
+            self._publish(self.latest)
+
+    def _over_ranks(self, sums: SampleSums) -> SampleSums:
+        if self._world_size == 1:
+            return sums
+        if self._shared_layout is None:
+            self._shared_layout = distributed.same_everywhere(sums)
+            if not self._shared_layout:
+                self._reporter.notice(
+                    "ranks differ",
+                    "the ranks hold different layers or heads (tensor, pipeline or context parallel), which is not "
+                    "supported: each rank judges what it sees, and rank 0 writes its own part",
+                )
+        return distributed.add_over_ranks(sums) if self._shared_layout else sums
+
+    def _tell_if_nothing_fits(self, sums: SampleSums) -> None:
+        if self.samples == 1 and sums.layout.size and not sums.count.any() and not sums.non_finite.any():
+            window = max(layer.window for layer in sums.layout.layers)
+            self._reporter.notice(
+                "all too short",
+                f"no sequence of the first sample had the {window} tokens of a window, so nothing was measured; set "
+                "MonitorConfig(window=...) to a length that most sequences fill",
+            )
+
+    def _publish(self, judged: JudgedSample) -> None:
+        metrics = sample_metrics(judged, self.judge.book, alerts=len(self.alerts), cost=self.clock.take())
+        self._dashboard.publish(judged, metrics, self.judge.book, worker=self._worker)
+        if self._on_alert is not None:
+            for alert in judged.alerts:
+                self._tell_user(self._on_alert, alert)
+
+    def _tell_user(self, on_alert: Callable[[Alert], None], alert: Alert) -> None:
+        self._reporter.guard("calling on_alert", lambda: on_alert(alert))
+
+    def flush(self) -> None:
+        """Judge what waits and hand on the picture in flight."""
+        self.clock.measure(lambda: self._reporter.guard("judging a sample", self.take_up))
+        self._dashboard.flush()
+
+    def close(self) -> None:
+        """Write the last picture and the summary; let go of the worker and of files."""
+        book = self.judge.book if self.judge.layout is not None else None
+        self._dashboard.close(self.latest, book, self.alerts)
+        if self._worker is not None:
+            self._worker.shutdown()

@@ -1,0 +1,197 @@
+"""The records that rooms hand to each other: a layer, the layout of streams, an alert.
+
+A **stream** is one statistic of one head; a sample is one number per stream. Records hold no logic beyond naming.
+
+Layer 2: imports the table of statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .stats import STATISTICS, HeadKind, Statistic, statistic
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+AlertKind = Literal["key", "query", "layer", "model"]
+Severity = Literal["warning", "critical"]
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One attention layer.
+
+    Attributes:
+        name: qualified module name, or the name given to `observe`.
+        index: position among the model's attention layers, from 0.
+        query_heads: number of query heads.
+        key_heads: number of key heads.
+        head_dim: width of a query and a key.
+        window: tokens in a window of this layer, 0 while not known.
+        cohort: kind of layer; heads are compared with heads of the same cohort only (sliding against global, say).
+    """
+
+    name: str
+    index: int
+    query_heads: int
+    key_heads: int
+    head_dim: int
+    window: int = 0
+    cohort: str = "global"
+
+    def heads(self, kind: HeadKind) -> int:
+        """Number of heads of a kind."""
+        return self.key_heads if kind == "key" else self.query_heads
+
+    def key_head_of(self, query_head: int) -> int:
+        """The key head that a query head is paired with."""
+        return query_head * self.key_heads // self.query_heads
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each stream stands in a sample: by statistic, then layer, then head."""
+
+    layers: tuple[LayerInfo, ...]
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """The part of a sample that each statistic takes."""
+        result, start = {}, 0
+        for row in STATISTICS:
+            stop = start + sum(layer.heads(row.kind) for layer in self.layers)
+            result[row.name] = slice(start, stop)
+            start = stop
+        return result
+
+    @property
+    def size(self) -> int:
+        """Number of streams."""
+        return int(self.slices[STATISTICS[-1].name].stop)
+
+    @cached_property
+    def stream_layer(self) -> IntArray:
+        """Position in `layers` of every stream, [S]."""
+        return self._per_stream(lambda row, at: [at] * self.layers[at].heads(row.kind))
+
+    @cached_property
+    def stream_head(self) -> IntArray:
+        """Head of every stream, [S]."""
+        return self._per_stream(lambda row, at: range(self.layers[at].heads(row.kind)))
+
+    def _per_stream(self, values: Any) -> IntArray:
+        rows = [values(row, at) for row in STATISTICS for at in range(len(self.layers))]
+        return np.array([value for row in rows for value in row], dtype=np.int64)
+
+    def heads(self, name: str) -> list[tuple[str, int]]:
+        """The (layer name, head) of every stream of a statistic, in order."""
+        kind = statistic(name).kind
+        return [(layer.name, head) for layer in self.layers for head in range(layer.heads(kind))]
+
+    def stream(self, position: int) -> tuple[Statistic, LayerInfo, int]:
+        """Statistic, layer and head of one stream."""
+        row = next(row for row in STATISTICS if self.slices[row.name].start <= position < self.slices[row.name].stop)
+        return row, self.layers[self.stream_layer[position]], int(self.stream_head[position])
+
+    def positions_in(self, other: Layout) -> IntArray:
+        """For every stream of this layout its position in another one, -1 where it has none."""
+        found = {key: at for name in other.slices for key, at in other._keys(name)}
+        return np.array([found.get(key, -1) for name in self.slices for key, _ in self._keys(name)], dtype=np.int64)
+
+    def _keys(self, name: str) -> list[tuple[tuple[str, str, int], int]]:
+        return [((name, *head), self.slices[name].start + at) for at, head in enumerate(self.heads(name))]
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The layers as plain values that JSON can hold."""
+        return [asdict(layer) for layer in self.layers]
+
+    @classmethod
+    def from_list(cls, layers: Sequence[Mapping[str, Any]]) -> Layout:
+        """The inverse of `to_list`."""
+        return cls(tuple(LayerInfo(**layer) for layer in layers))
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One episode of drift, told once.
+
+    Attributes:
+        step: training step of the sample that raised it.
+        since_step: estimated onset, the first sampled step of the excursion.
+        layer: qualified name of the layer; None for the model.
+        layer_index: position of the layer among the attention layers; None for the model.
+        kind: "key" or "query" for a head of that kind, "layer", or "model".
+        head: the head; None for a layer or the model.
+        statistic: the statistic that moved furthest.
+        value: its value at `step`, in the statistic's unit.
+        baseline: the value that the baseline expects.
+        deviation: distance in robust standard deviations, signed; infinite for non-finite values.
+        severity: "warning" for single heads, "critical" for what pages someone.
+        message: what happened, the likely cause, the next step.
+    """
+
+    step: int
+    since_step: int
+    layer: str | None
+    layer_index: int | None
+    kind: AlertKind
+    head: int | None
+    statistic: str
+    value: float
+    baseline: float
+    deviation: float
+    severity: Severity
+    message: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values that JSON can hold (NaN and infinities included, as Python writes them)."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Alert:
+        """The inverse of `to_dict`; keys it does not know are ignored, so that newer histories stay readable."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the detector makes of one sample; arrays over streams [S] or statistics [M].
+
+    Attributes:
+        expected: [S] the baseline's prediction, in the statistic's unit; NaN where not armed.
+        deviation: [S] distance from the cohort in robust standard deviations, signed; NaN where not judged.
+        alarm: [S] beyond the threshold on two samples in a row, same sign.
+        restless: [S] beyond half the threshold: an open episode stays open.
+        since: [S] step at which the present excursion began; -1 where there is none.
+        armed: [S] the baseline is honest.
+        armed_share: share of the judged streams that are armed.
+        model_deviation: [M] median over heads of each head's deviation from its own history; NaN where not judged.
+        model_alarm: [M] as `alarm`, for the whole model.
+        model_restless: [M] as `restless`.
+        model_since: [M] as `since`.
+    """
+
+    expected: FloatArray
+    deviation: FloatArray
+    alarm: BoolArray
+    restless: BoolArray
+    since: IntArray
+    armed: BoolArray
+    armed_share: float
+    model_deviation: FloatArray
+    model_alarm: BoolArray
+    model_restless: BoolArray
+    model_since: IntArray
+
+
+def head_label(layer_index: int, kind: HeadKind, head: int) -> str:
+    """The head's name on dashboards, such as L03/KV02 or L03/Q07."""
+    return f"L{layer_index:02d}/{'KV' if kind == 'key' else 'Q'}{head:02d}"

@@ -1,0 +1,257 @@
+"""One sample: from attention inputs on the device to sums of log statistics per stream on the host.
+
+Device phase, inside the layer's forward: choose windows, take the statistics that need no eigenvalues and the small
+core that holds the others; queries and keys are not kept. Then one copy to the host. Host phase, on a worker thread:
+eigenvalues, logarithms, sums and counts. What is added up over micro-batches and ranks is sums of logs, never Gram
+matrices (METRICS.md, "The estimator").
+
+Layer 3: imports ops, records, stats, windows, capture.base.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .capture import AttentionInput
+from .config import MonitorConfig
+from .ops import check_shapes, smooth_statistics, spectral_statistics
+from .records import FloatArray, LayerInfo, Layout
+from .stats import STATISTICS
+from .windows import WindowPlan, choose_window, extend_plan, rank_share, select_windows
+
+SMOOTH_KEY = tuple(row.name for row in STATISTICS if row.kind == "key" and not row.spectral)
+SMOOTH_QUERY = tuple(row.name for row in STATISTICS if row.kind == "query" and not row.spectral)
+
+
+@dataclass
+class LayerWindows:
+    """What one layer has yielded in a sample so far, on the device: one entry per micro-batch.
+
+    Attributes:
+        info: the layer.
+        parts: flat float32 tensors: keep [N], key statistics [N, 3, Hk], query statistics [N, 5, Hq] and cores
+            [N, Hq, d, d], one after the other.
+        windows: N of each part.
+    """
+
+    info: LayerInfo
+    parts: list[Tensor] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SampleSums:
+    """A sample on one rank, in a form that adds over ranks.
+
+    Attributes:
+        layout: the streams.
+        total: [S] sum over windows of the log of the statistic.
+        count: [S] windows in that sum.
+        non_finite: [S] windows in which the stream's head received NaN or infinite values.
+        too_short: windows that could not be taken because no sequence was long enough.
+    """
+
+    layout: Layout
+    total: FloatArray
+    count: FloatArray
+    non_finite: FloatArray
+    too_short: int
+
+
+class WindowSampler:
+    """Takes the windows of each layer; holds the plans, which are fixed with the first sample."""
+
+    def __init__(self, config: MonitorConfig, *, rank: int = 0, world_size: int = 1) -> None:
+        """Start without plans.
+
+        Args:
+            config: window length and number.
+            rank: this process among those that share a sample.
+            world_size: number of those processes.
+        """
+        self.config = config
+        self.rank = rank
+        self.share = rank_share(config, rank=rank, world_size=world_size)
+        self.micro_batches = 1
+        self.plans: dict[str, WindowPlan] = {}
+        self.fixed: set[str] = set()
+        self.layers: dict[str, LayerInfo] = {}
+        self.skipped: Counter[str] = Counter()
+        self._open: dict[str, LayerWindows] = {}
+        self._step = 0
+
+    def open(self, step: int) -> None:
+        """Begin a sample."""
+        self._step = step
+        self._open = {}
+
+    def receive(self, given: AttentionInput, info: Callable[[AttentionInput], LayerInfo]) -> None:
+        """Take the windows of one attention call.
+
+        Args:
+            given: the call.
+            info: describes a layer that is seen for the first time.
+
+        Raises:
+            SettingError: if the shapes do not fit together.
+        """
+        with torch.no_grad():
+            check_shapes(given.query, given.key, given.valid)
+            layer = self._layer(given, info)
+            batch, _, length, _ = given.query.shape
+            plan = self.plans[given.layer]
+            if given.layer not in self.fixed and given.micro >= len(plan.parts):
+                plan = extend_plan(plan, batch=batch, length=length, share=self.share, micro_batches=self.micro_batches)
+                self.plans[given.layer] = plan
+            part = plan.part(given.micro)
+            if sum(part) == 0:
+                return
+            held = self._open.setdefault(given.layer, LayerWindows(layer))
+            chosen = select_windows(
+                batch=batch,
+                length=length,
+                window=plan.window,
+                part=part,
+                valid=given.valid,
+                device=given.query.device,
+                seed=(self.config.seed, self._step, self.rank, given.micro),
+            )
+            if chosen is None:
+                self.skipped[f"windows for which no sequence had {plan.window} tokens"] += sum(part)
+                return
+            smooth, core = smooth_statistics(chosen.take(given.query), chosen.take(given.key), scale=given.scale)
+            keep = torch.ones(sum(part), device=core.device) if chosen.keep is None else chosen.keep.float()
+            held.parts.append(
+                torch.cat(
+                    [
+                        keep,
+                        torch.stack([smooth[name] for name in SMOOTH_KEY], dim=1).flatten(),
+                        torch.stack([smooth[name] for name in SMOOTH_QUERY], dim=1).flatten(),
+                        core.flatten(),
+                    ]
+                )
+            )
+            held.windows.append(sum(part))
+
+    def _layer(self, given: AttentionInput, describe: Callable[[AttentionInput], LayerInfo]) -> LayerInfo:
+        _, query_heads, length, dim = given.query.shape
+        known = self.layers.get(given.layer)
+        if known is None:
+            known = describe(given)
+            self.layers[given.layer] = known
+        if known.window == 0:
+            lengths = torch.tensor([length]) if given.valid is None else given.valid.sum(dim=1).cpu()
+            known = replace(known, window=choose_window(self.config, lengths))
+            self.layers[given.layer] = known
+        self.plans.setdefault(given.layer, WindowPlan(known.window))
+        if (known.query_heads, known.key_heads, known.head_dim) != (query_heads, given.key.shape[1], dim):
+            raise ValueError(
+                f"layer {given.layer} had {known.query_heads} query heads, {known.key_heads} key heads of width "
+                f"{known.head_dim} before and now has {query_heads}, {given.key.shape[1]} of width {dim}"
+            )
+        return known
+
+    def seal(self) -> Callable[[], SampleSums]:
+        """End the sample: copy it to the host, once per device.
+
+        Returns:
+            The host phase, to be called on any thread.
+        """
+        held = sorted(self._open.values(), key=lambda layer: layer.info.index)
+        self._open = {}
+        self.fixed |= {name for name, plan in self.plans.items() if sum(map(sum, plan.parts))}
+        layout = Layout(tuple(sorted(self.layers.values(), key=lambda layer: layer.index)))
+        by_device: dict[torch.device, list[LayerWindows]] = {}
+        for layer in held:
+            if layer.parts:
+                by_device.setdefault(layer.parts[0].device, []).append(layer)
+        copied = []
+        for layers in by_device.values():
+            flat = torch.cat([part for layer in layers for part in layer.parts]).cpu()
+            copied.append((flat, [(layer.info, layer.windows) for layer in layers]))
+        return lambda: _summarise(layout, copied)
+
+    def empty(self) -> SampleSums:
+        """A sample in which nothing was seen."""
+        return _summarise(Layout(tuple(sorted(self.layers.values(), key=lambda layer: layer.index))), [])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plans and layers as plain values."""
+        return {
+            "plans": {name: [plan.window, [list(part) for part in plan.parts]] for name, plan in self.plans.items()},
+            "fixed": sorted(self.fixed),
+            "layers": Layout(tuple(self.layers.values())).to_list(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.plans = {
+            name: WindowPlan(window, tuple((part[0], part[1]) for part in parts))
+            for name, (window, parts) in state["plans"].items()
+        }
+        self.fixed = set(state["fixed"])
+        self.layers = {layer.name: layer for layer in Layout.from_list(state["layers"]).layers}
+
+
+def _summarise(layout: Layout, copied: list[tuple[Tensor, list[tuple[LayerInfo, list[int]]]]]) -> SampleSums:
+    """The host phase: eigenvalues, logarithms, sums over windows."""
+    total, count, non_finite = np.zeros(layout.size), np.zeros(layout.size), np.zeros(layout.size)
+    too_short = 0
+    places = {(int(layer), name): part for name, part, layer in _layer_parts(layout)}
+    at_of = {layer.name: at for at, layer in enumerate(layout.layers)}
+    for flat, layers in copied:
+        start = 0
+        for info, windows in layers:
+            for number in windows:
+                keep, values, bad, start = _unpack(flat, start, info, number)
+                too_short += int((~keep).sum())
+                for name, per_window in values.items():
+                    place = places[at_of[info.name], name]
+                    with np.errstate(divide="ignore", invalid="ignore"):
+                        logs = np.log(per_window[keep])
+                    known = np.isfinite(logs)
+                    total[place] += np.where(known, logs, 0).sum(axis=0)
+                    count[place] += known.sum(axis=0)
+                for row in STATISTICS:
+                    non_finite[places[at_of[info.name], row.name]] += bad[row.kind][keep].sum(axis=0)
+    return SampleSums(layout, total, count, non_finite, too_short)
+
+
+def _unpack(flat: Tensor, start: int, info: LayerInfo, number: int) -> tuple[Any, dict[str, Any], dict[str, Any], int]:
+    def take(*shape: int) -> Tensor:
+        nonlocal start
+        size = int(np.prod(shape))
+        start += size
+        return flat[start - size : start].reshape(shape)
+
+    keep = take(number).numpy() > 0
+    key = take(number, len(SMOOTH_KEY), info.key_heads)
+    query = take(number, len(SMOOTH_QUERY), info.query_heads)
+    core = take(number, info.query_heads, info.head_dim, info.head_dim)
+    values = {name: key[:, at].double().numpy() for at, name in enumerate(SMOOTH_KEY)}
+    values |= {name: query[:, at].double().numpy() for at, name in enumerate(SMOOTH_QUERY)}
+    values |= {name: value.double().numpy() for name, value in spectral_statistics(core).items()}
+    bad_key = ~np.isfinite(values["key_norm"])
+    pairing = [info.key_head_of(head) for head in range(info.query_heads)]
+    # The energy scale is defined for every finite input, so where the keys are finite it tells of the queries.
+    bad_query = ~np.isfinite(values["energy_scale"]) & ~bad_key[:, pairing]
+    return keep, values, {"key": bad_key, "query": bad_query}, start
+
+
+def _layer_parts(layout: Layout) -> list[tuple[str, slice, int]]:
+    """For each statistic and layer, the streams they take."""
+    result = []
+    for row in STATISTICS:
+        start = layout.slices[row.name].start
+        for at, layer in enumerate(layout.layers):
+            stop = start + layer.heads(row.kind)
+            result.append((row.name, slice(start, stop), at))
+            start = stop
+    return result

@@ -1,0 +1,66 @@
+"""What a checkpointed monitor state must match before it is taken up.
+
+Layer 4: imports capture, config and errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .capture.hf import HuggingFaceCapture
+from .config import MonitorConfig
+from .errors import StateError
+
+STATE_FORMAT = 1
+_BASELINES_DEPEND_ON = ("window", "windows_per_sample", "statistics", "baseline_samples", "include", "exclude")
+_DECLARED = ("num_attention_heads", "num_key_value_heads", "hidden_size")
+
+Fingerprint = dict[str, list[int | None]]
+
+
+def fingerprint(capture: HuggingFaceCapture | None) -> Fingerprint:
+    """The watched layers with the head counts their configuration declares; survives wrapping and sharding."""
+    result: Fingerprint = {}
+    for tap in capture.taps if capture is not None else ():
+        config = getattr(tap.module, "config", None)
+        declared = [getattr(config, name, None) for name in _DECLARED]
+        result[tap.name] = [value if isinstance(value, int) else None for value in declared]
+    return result
+
+
+def check_state(state: Any, ours: Fingerprint) -> None:
+    """Check that a state is one, and this model's.
+
+    Args:
+        state: what should have come from `IncoherenceMonitor.state_dict`.
+        ours: fingerprint of the model watched now; empty where layers are observed by hand.
+
+    Raises:
+        StateError: saying what it is instead.
+    """
+    if not isinstance(state, Mapping) or state.get("format") != STATE_FORMAT:
+        found = state.get("format") if isinstance(state, Mapping) else type(state).__name__
+        raise StateError(f"This is no monitor state of format {STATE_FORMAT} (found {found!r}).")
+    theirs: Fingerprint = state["model"]
+    if theirs != ours:
+        raise StateError(
+            f"The monitor state belongs to another model: it holds {_in_words(theirs)}, the monitor has "
+            f"{_in_words(ours)}. Load the state of this model, or start without one."
+        )
+
+
+def changed_settings(state: Mapping[str, Any], config: MonitorConfig) -> list[str]:
+    """Names of the settings that differ and on which baselines depend."""
+    now = config.to_dict()
+    return [name for name in _BASELINES_DEPEND_ON if state["config"].get(name) != now[name]]
+
+
+def _in_words(layers: Fingerprint) -> str:
+    if not layers:
+        return "layers observed by hand, or none"
+    name, (heads, key_heads, width) = next(iter(layers.items()))
+    return (
+        f"{len(layers)} attention layers, the first being {name} with {heads} query heads, {key_heads} key heads and "
+        f"hidden size {width}"
+    )

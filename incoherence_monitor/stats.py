@@ -1,0 +1,187 @@
+"""The table of statistics: name, owner, unit, range and what each one says.
+
+A statistic is one number per head and sample. Key statistics belong to a key head, query statistics to a query head
+paired with its key head (METRICS.md, "What is measured, exactly"). A tuple of rows is the whole registry.
+
+Layer 2: imports errors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import SettingError
+
+HeadKind = Literal["key", "query"]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One row of the table.
+
+    Attributes:
+        name: the name used in code, history, settings and dashboards.
+        title: the name on a picture.
+        kind: "key" if it belongs to a key head, "query" if to a query head.
+        unit: unit of the value; ranks are "dimensions", ratios are "1".
+        spectral: needs the eigenvalues of the energy field, which are taken off the training path.
+        alerts: raises alerts by default (DETECTION.md, the core set and the query side).
+        high: what an unusually high value usually means.
+        low: what an unusually low value usually means.
+    """
+
+    name: str
+    title: str
+    kind: HeadKind
+    unit: str
+    spectral: bool
+    alerts: bool
+    high: str
+    low: str
+
+
+STATISTICS: tuple[Statistic, ...] = (
+    Statistic(
+        "key_incoherence",
+        "key incoherence",
+        "key",
+        "1",
+        spectral=False,
+        alerts=True,
+        high="a few keys carry the norm: an attention sink or an outlier key channel is growing",
+        low="the keys have become equally long: a sink has vanished or the keys have collapsed",
+    ),
+    Statistic(
+        "key_norm",
+        "mean key norm",
+        "key",
+        "norm of a key",
+        spectral=False,
+        alerts=True,
+        high="the key projection is growing: learning rate, weight decay or a key bias",
+        low="the key projection is shrinking or dying",
+    ),
+    Statistic(
+        "key_leverage",
+        "key leverage",
+        "key",
+        "1",
+        spectral=False,
+        alerts=True,
+        high="one key owns a direction: a sink of constant norm, or the key projection loses rank",
+        low="the directions are shared more evenly over the keys",
+    ),
+    Statistic(
+        "energy_rank",
+        "energy rank r90",
+        "query",
+        "dimensions",
+        spectral=True,
+        alerts=False,
+        high="attention uses more dimensions: the head turns to noise or to many patterns",
+        low="attention uses fewer dimensions: rank collapse or one dominant pattern",
+    ),
+    Statistic(
+        "energy_participation_rank",
+        "energy participation rank",
+        "query",
+        "dimensions",
+        spectral=False,
+        alerts=False,
+        high="attention uses more dimensions, evenly",
+        low="the energy gathers in few dimensions",
+    ),
+    Statistic(
+        "energy_stable_rank",
+        "energy stable rank",
+        "query",
+        "dimensions",
+        spectral=True,
+        alerts=False,
+        high="no single direction dominates",
+        low="one direction takes over",
+    ),
+    Statistic(
+        "energy_localization",
+        "energy localization",
+        "query",
+        "1",
+        spectral=False,
+        alerts=False,
+        high="one key position carries the variance of the logits: a sink",
+        low="the variance is spread evenly over key positions",
+    ),
+    Statistic(
+        "energy_spread",
+        "energy spread",
+        "query",
+        "share of positions",
+        spectral=False,
+        alerts=False,
+        high="most key positions carry variance",
+        low="few key positions carry the variance",
+    ),
+    Statistic(
+        "energy_scale",
+        "energy scale",
+        "query",
+        "nats",
+        spectral=False,
+        alerts=True,
+        high="the logits grow: attention sharpens, entropy may collapse",
+        low="the logits shrink: attention turns uniform",
+    ),
+    Statistic(
+        "query_participation_rank",
+        "query participation rank",
+        "query",
+        "dimensions",
+        spectral=False,
+        alerts=True,
+        high="the queries use more dimensions: noise enters the query projection",
+        low="the query projection is losing rank",
+    ),
+)
+
+STATISTIC_NAMES: tuple[str, ...] = tuple(statistic.name for statistic in STATISTICS)
+KEY_STATISTICS: tuple[str, ...] = tuple(row.name for row in STATISTICS if row.kind == "key")
+QUERY_STATISTICS: tuple[str, ...] = tuple(row.name for row in STATISTICS if row.kind == "query")
+DEFAULT_ALERTING: tuple[str, ...] = tuple(row.name for row in STATISTICS if row.alerts)
+
+_BY_NAME: dict[str, Statistic] = {row.name: row for row in STATISTICS}
+
+
+def statistic(name: str) -> Statistic:
+    """Look a statistic up by name.
+
+    Args:
+        name: one of `STATISTIC_NAMES`.
+
+    Returns:
+        Its row of the table.
+
+    Raises:
+        SettingError: if there is no such statistic.
+    """
+    row = _BY_NAME.get(name)
+    if row is None:
+        raise SettingError(f"There is no statistic {name!r}. Known statistics: {', '.join(STATISTIC_NAMES)}.")
+    return row
+
+
+def check_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Check that every name is a statistic and bring them into the table's order, each once.
+
+    Args:
+        names: statistic names in any order.
+
+    Returns:
+        The names in the order of `STATISTICS`.
+
+    Raises:
+        SettingError: if one of them is unknown.
+    """
+    wanted = {statistic(name).name for name in names}
+    return tuple(name for name in STATISTIC_NAMES if name in wanted)

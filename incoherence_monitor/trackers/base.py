@@ -1,0 +1,173 @@
+"""What writes metrics: the tracker protocol, the composite, the in-memory one, and the adapter for foreign ones.
+
+Layer 3: imports records and errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import SettingError
+from ..records import Alert
+
+Picture = NDArray[np.uint8]
+"""[height, width, 3] RGB."""
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Where scalars, pictures and alerts go. Steps are training steps and never decrease."""
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Write scalars of one sample."""
+
+    def picture(self, name: str, image: Picture, *, step: int) -> None:
+        """Write a picture."""
+
+    def alert(self, alert: Alert) -> None:
+        """Write an alert."""
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        """Write numbers that describe the whole run so far, by which runs can be sorted."""
+
+    def close(self) -> None:
+        """Close what this tracker opened, and nothing else; may be called twice."""
+
+
+class InMemoryTracker:
+    """Keeps everything in lists, for tests and notebooks."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.metrics: list[tuple[int, dict[str, float]]] = []
+        self.pictures: list[tuple[int, str, Picture]] = []
+        self.alerts: list[Alert] = []
+        self.summaries: dict[str, float] = {}
+        self.closed = False
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Keep scalars."""
+        self.metrics.append((step, dict(metrics)))
+
+    def picture(self, name: str, image: Picture, *, step: int) -> None:
+        """Keep a picture."""
+        self.pictures.append((step, name, image))
+
+    def alert(self, alert: Alert) -> None:
+        """Keep an alert."""
+        self.alerts.append(alert)
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        """Keep the newest summary."""
+        self.summaries.update(values)
+
+    def close(self) -> None:
+        """Remember that it was closed."""
+        self.closed = True
+
+
+class ForeignTracker:
+    """Adapts any object with `log(values, step=...)`, such as those in `accelerator.trackers`.
+
+    Such trackers know scalars alone: pictures are left out, alerts become a count that the scalars carry anyway.
+    """
+
+    def __init__(self, foreign: Any) -> None:
+        """Wrap a tracker that someone else opened and will close.
+
+        Args:
+            foreign: an object with a `log(values, step=...)` method.
+        """
+        self._foreign = foreign
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Pass the scalars on."""
+        self._foreign.log(dict(metrics), step=step)
+
+    def picture(self, name: str, image: Picture, *, step: int) -> None:
+        """Leave the picture out: such trackers have no common way to take one."""
+
+    def alert(self, alert: Alert) -> None:
+        """Leave the text out; `incoherence/alerts` counts it."""
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        """Leave the summary out."""
+
+    def close(self) -> None:
+        """Close nothing: it is not ours."""
+
+
+class CompositeTracker:
+    """Writes to several trackers; one that fails is reported through `guard` and does not stop the others."""
+
+    def __init__(self, trackers: Sequence[Tracker], guard: Callable[[str, Callable[[], None]], None]) -> None:
+        """Join trackers.
+
+        Args:
+            trackers: where to write.
+            guard: called with what is being done and the call that does it; must not raise.
+        """
+        self.trackers = list(trackers)
+        self._guard = guard
+
+    def _each(self, what: str, call: Callable[[Tracker], None]) -> None:
+        for tracker in self.trackers:
+            self._guard(f"{what} to {type(tracker).__name__}", lambda tracker=tracker: call(tracker))  # type: ignore[misc]
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Write scalars to all."""
+        self._each("writing metrics", lambda tracker: tracker.log(metrics, step=step))
+
+    def picture(self, name: str, image: Picture, *, step: int) -> None:
+        """Write a picture to all."""
+        self._each("writing a picture", lambda tracker: tracker.picture(name, image, step=step))
+
+    def alert(self, alert: Alert) -> None:
+        """Write an alert to all."""
+        self._each("writing an alert", lambda tracker: tracker.alert(alert))
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        """Write the summary to all."""
+        self._each("writing the summary", lambda tracker: tracker.summary(values))
+
+    def close(self) -> None:
+        """Close all."""
+        self._each("closing", lambda tracker: tracker.close())
+
+
+def as_tracker(given: Any, *, directory: Path | None) -> Tracker:
+    """Turn what a user gave into a tracker.
+
+    Args:
+        given: a `Tracker`, the name "tensorboard" or "wandb", or any object with `log(values, step=...)`.
+        directory: the monitor's output directory, under which a TensorBoard log made here goes.
+
+    Returns:
+        A tracker.
+
+    Raises:
+        SettingError: if it is none of these.
+        MissingDependencyError: if its package is not installed.
+    """
+    if isinstance(given, str):
+        if given == "tensorboard":
+            from .tensorboard import TensorBoardTracker
+
+            return TensorBoardTracker(directory)
+        if given == "wandb":
+            from .wandb import WandbTracker
+
+            return WandbTracker()
+        raise SettingError(f"There is no tracker named {given!r}; known names are 'tensorboard' and 'wandb'.")
+    if isinstance(given, Tracker) and not isinstance(given, type):
+        return given
+    if callable(getattr(given, "log", None)):
+        return ForeignTracker(given)
+    raise SettingError(
+        f"{given!r} is no tracker: give 'tensorboard', 'wandb', or an object with log(values, step=...)."
+    )

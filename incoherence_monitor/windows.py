@@ -1,0 +1,165 @@
+"""The estimator's windows: how long, how many, and where in a batch (METRICS.md, "The estimator").
+
+A window is `window` consecutive valid tokens of one sequence. Their number and make-up are fixed for the whole run:
+half at the start of sequences, where attention sinks live, half at offsets drawn from a generator of the monitor's
+own, seeded by step, rank and micro-batch. The training run's generators are never touched, and nothing here reads
+back from the device.
+
+Layer 3: imports config for the ladder of lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import WINDOW_LADDER, MonitorConfig
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Number and make-up of one layer's windows in a sample on one rank.
+
+    Attributes:
+        window: tokens in a window.
+        parts: per micro-batch, how many windows lie at the start of sequences and how many at drawn offsets.
+    """
+
+    window: int
+    parts: tuple[tuple[int, int], ...] = ()
+
+    def part(self, micro: int) -> tuple[int, int]:
+        """Windows to take from micro-batch `micro`; none beyond those planned."""
+        return self.parts[micro] if micro < len(self.parts) else (0, 0)
+
+
+def choose_window(config: MonitorConfig, lengths: Tensor) -> int:
+    """Choose the window length from the valid lengths of the first batch, once for the run.
+
+    Args:
+        config: the settings; a window other than the default is kept.
+        lengths: [B] valid tokens per sequence; read back to the host.
+
+    Returns:
+        The largest of 256, 128, 64 and 32 that at least half of the sequences fill; 32 if none does.
+    """
+    if config.window != WINDOW_LADDER[0]:
+        return config.window
+    for window in WINDOW_LADDER:
+        if float((lengths >= window).double().mean()) >= 0.5:
+            return window
+    return WINDOW_LADDER[-1]
+
+
+def rank_share(config: MonitorConfig, *, rank: int, world_size: int) -> tuple[int, int]:
+    """Windows at starts and at offsets that fall to one rank of the sample's total.
+
+    Args:
+        config: the settings.
+        rank: this process.
+        world_size: number of processes that share a sample.
+
+    Returns:
+        (at the start of sequences, at drawn offsets); both zero for a rank beyond the number of windows.
+    """
+    mine = range(rank, config.windows_per_sample, world_size)
+    at_start = sum(window < (config.windows_per_sample + 1) // 2 for window in mine)
+    return at_start, len(mine) - at_start
+
+
+def extend_plan(plan: WindowPlan, *, batch: int, length: int, share: tuple[int, int], micro_batches: int) -> WindowPlan:
+    """Plan one more micro-batch while the first sample is taken.
+
+    What is left of the share is spread over the micro-batches still to come, and a batch gives no more windows than
+    it can hold without overlap, and no more starts than it has sequences.
+
+    Args:
+        plan: the plan so far.
+        batch: sequences in this micro-batch.
+        length: tokens in a sequence.
+        share: windows of this rank, as `rank_share` returns them.
+        micro_batches: micro-batches in a step as far as known, at least 1.
+
+    Returns:
+        The plan with one more part.
+    """
+    left = max(1, micro_batches - len(plan.parts))
+    start_left = share[0] - sum(part[0] for part in plan.parts)
+    offset_left = share[1] - sum(part[1] for part in plan.parts)
+    capacity = batch * max(1, length // plan.window)
+    starts = min(-(-start_left // left), batch)
+    offsets = min(-(-offset_left // left), capacity - starts)
+    return WindowPlan(plan.window, (*plan.parts, (starts, offsets)))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Windows chosen in one batch.
+
+    Attributes:
+        rows: [N] int64, sequence of each window.
+        positions: [N, W] int64, its token positions.
+        keep: [N] bool, False where no sequence was long enough; None if all are to be kept.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    keep: Tensor | None
+
+    def take(self, heads: Tensor) -> Tensor:
+        """Gather the windows from [B, H, L, d] as [N, H, W, d]."""
+        return heads[self.rows[:, None], :, self.positions].transpose(1, 2)
+
+
+def select_windows(
+    *,
+    batch: int,
+    length: int,
+    window: int,
+    part: tuple[int, int],
+    valid: Tensor | None,
+    device: torch.device,
+    seed: tuple[int, ...],
+) -> Selection | None:
+    """Choose the windows of one micro-batch.
+
+    Args:
+        batch: sequences in the batch.
+        length: tokens in a sequence, padding included.
+        window: tokens in a window.
+        part: windows at starts, windows at offsets.
+        valid: bool [B, L], or None if every token is valid.
+        device: where the index tensors shall lie.
+        seed: non-negative numbers that seed the draw.
+
+    Returns:
+        The selection, or None if no sequence of the batch can hold a window.
+    """
+    starts, offsets = part
+    number = starts + offsets
+    if number == 0 or length < window:
+        return None
+    draw = np.random.default_rng(seed)
+    rotation = int(draw.integers(batch))
+    # Windows at starts take the first sequences of the rotated order, windows at offsets go on from there.
+    fraction = torch.from_numpy(np.concatenate([np.zeros(starts), draw.random(offsets)])).to(device)
+    place = torch.arange(number, device=device)
+    steps = torch.arange(window, device=device)
+    if valid is None:
+        rows = (place + rotation) % batch
+        first = (fraction * (length - window + 1)).long()
+        return Selection(rows, first[:, None] + steps, None)
+    count = valid.sum(dim=1)
+    fits = count >= window
+    turn = (torch.arange(batch, device=device) - rotation) % batch
+    order = torch.argsort(turn + batch * (~fits).long())
+    rows = order[place % fits.sum().clamp(min=1)]
+    begin = valid.long().argmax(dim=1)[rows]
+    first = begin + (fraction * (count[rows] - window + 1).clamp(min=0)).long()
+    positions = first.clamp(max=length - window)[:, None] + steps
+    # Valid tokens with holes between them hold no window of consecutive ones where a hole falls inside.
+    keep = fits[rows] & valid[rows[:, None], positions].all(dim=1)
+    return Selection(rows, positions, keep)
