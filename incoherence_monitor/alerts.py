@@ -212,9 +212,11 @@ class AlertBook:
             return True
         if kind == "layer":
             return False
-        if ("layer", at, -1) in self.episodes:
-            return True
-        return kind == "query" and ("key", at, self.layout.layers[at].key_head_of(head)) in self.episodes
+        wider = [self.episodes.get(("layer", at, -1))]
+        if kind == "query":
+            wider.append(self.episodes.get(("key", at, self.layout.layers[at].key_head_of(head))))
+        # An absolute rule is not silenced by a drift that was told as a warning before.
+        return any(other is not None and (found.rule == "drift" or other.rule != "drift") for other in wider)
 
     def _settle(self, grouped: list[Finding], verdict: Verdict) -> None:
         """Confirm the episodes that are still seen, close those that have been calm for long enough."""

@@ -25,7 +25,7 @@ class Statistic:
         name: the name used in code, history, settings and dashboards.
         title: the name on a picture.
         kind: "key" if it belongs to a key head, "query" if to a query head.
-        unit: unit of the value; ranks are "dimensions", ratios are "1".
+        unit: unit of the value; ranks are "dimensions", quotients are "ratio".
         spectral: needs the eigenvalues of the energy field, which are taken off the training path.
         alerts: raises alerts by default (DETECTION.md, the core set and the query side).
         high: what an unusually high value usually means.
@@ -47,7 +47,7 @@ STATISTICS: tuple[Statistic, ...] = (
         "key_incoherence",
         "key incoherence",
         "key",
-        "1",
+        "ratio",
         spectral=False,
         alerts=True,
         high="a few keys carry the norm: an attention sink or an outlier key channel is growing",
@@ -67,7 +67,7 @@ STATISTICS: tuple[Statistic, ...] = (
         "key_leverage",
         "key leverage",
         "key",
-        "1",
+        "ratio",
         spectral=False,
         alerts=True,
         high="one key owns a direction: a sink of constant norm, or the key projection loses rank",
@@ -107,7 +107,7 @@ STATISTICS: tuple[Statistic, ...] = (
         "energy_localization",
         "energy localization",
         "query",
-        "1",
+        "ratio",
         spectral=False,
         alerts=False,
         high="one key position carries the variance of the logits: a sink",

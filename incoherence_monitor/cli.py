@@ -1,0 +1,80 @@
+"""The command line: `incoherence-monitor demo`.
+
+Exit codes: 0 fine, 1 something was found that should not be, 2 wrong usage with one sentence saying what.
+
+Layer 6: imports the demo when it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+from .errors import IncoherenceError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: words after the program's name; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(
+        prog="incoherence-monitor", description="Watch transformer training per attention head."
+    )
+    parser.add_argument("--version", action="version", version=f"incoherence-monitor {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    demo = commands.add_parser("demo", help="train a small model, break one head, show the alert (a minute or two)")
+    demo.add_argument(
+        "-o", "--output-dir", type=Path, default=Path("incoherence-demo"), help="default: %(default)s"
+    )
+    demo.add_argument("--wandb", action="store_true", help="also write an offline Weights & Biases run")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        return _demo(given.output_dir, wandb=given.wandb)
+    except IncoherenceError as error:
+        print(f"incoherence-monitor: {error}", file=sys.stderr)
+        return 2
+
+
+def _demo(output_dir: Path, *, wandb: bool) -> int:
+    from .demo import FAULT_HEAD, FAULT_LAYER, FAULT_STEP, WITHIN_SAMPLES, run_demo
+
+    if output_dir.exists() and any(output_dir.iterdir()):
+        print(
+            f"incoherence-monitor: {output_dir} is not empty; give another folder with --output-dir, or remove it.",
+            file=sys.stderr,
+        )
+        return 2
+    result = run_demo(output_dir, say=lambda line: print(line, flush=True), wandb=wandb)
+    watched = output_dir / "incoherence"
+    print()
+    print(f"picture:    {watched / 'heads_map.png'}")
+    print(f"history:    {watched / 'history'}  (incoherence_monitor.History.open('{output_dir}'))")
+    print(f"dashboard:  {result.log_dir}" + (f" and {output_dir / 'wandb'}" if wandb else ""))
+    print(f"to see it:  tensorboard --logdir {result.log_dir}")
+    print()
+    if result.as_promised:
+        assert result.found is not None
+        print(
+            f"The healthy half raised no alert. Layer {FAULT_LAYER}, key head {FAULT_HEAD} broke after step "
+            f"{FAULT_STEP} and was named at step {result.found.step}."
+        )
+        return 0
+    print(
+        f"This is not what should happen: {len(result.early)} alerts in the healthy half, and the broken head was "
+        + ("named, but not first." if result.found else f"not named within {WITHIN_SAMPLES} samples.")
+    )
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""What is captured is what attention used: each head, each layer, once a micro-batch, padding left out."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+
+from incoherence_monitor import IncoherenceMonitor, MonitorConfig, head_statistics
+from incoherence_monitor.errors import ModelError
+
+pytest.importorskip("transformers")
+
+from .models import batches, tiny_model, train
+
+CONFIG = MonitorConfig(window=32)
+
+
+def spy(model):
+    """Queries and keys by an independent way: what each layer's own attention function is given."""
+    from transformers.modeling_utils import AttentionInterface
+
+    seen = []
+    current = AttentionInterface.get_interface
+
+    def get_interface(self, implementation, default):
+        function = current(self, implementation, default)
+
+        def call(module, query, key, *args, **kwargs):
+            seen.append((query.detach().clone(), key.detach().clone(), kwargs.get("scaling")))
+            return function(module, query, key, *args, **kwargs)
+
+        return call
+
+    AttentionInterface.get_interface = get_interface
+    return seen, lambda: setattr(AttentionInterface, "get_interface", current)
+
+
+def step_through(model, monitor, batch, step=0):
+    with monitor.step(step):
+        model(**batch, use_cache=False).loss.backward()
+    monitor.flush()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_values_are_those_of_the_queries_and_keys_attention_received(name, attention):
+    model = tiny_model(name, attention=attention).train()
+    batch = batches(1, batch=8, length=32)[0]
+    with IncoherenceMonitor(model, every=1, config=CONFIG) as monitor:
+        seen, restore = spy(model)
+        step_through(model, monitor, batch)
+        restore()
+        latest = monitor.latest
+    layers = monitor.coverage().seen
+    assert len(layers) == len(seen) == 2
+    for layer, (query, key, scale) in zip(layers, seen, strict=True):
+        assert query.shape[:2] == (8, 4)
+        assert key.shape[1] == (2 if name == "llama" else 4)
+        # Sequences are exactly one window long, so all eight windows are the eight sequences.
+        expected = head_statistics(query, key, scale=scale)
+        for statistic, values in expected.items():
+            mean = values.log().mean(dim=0).exp()
+            for head, value in enumerate(mean.tolist()):
+                assert latest[statistic][layer, head] == pytest.approx(value, rel=1e-4), (statistic, head)
+
+
+def test_flex_attention_is_captured():
+    found = {}
+    for attention in ("flex_attention", "sdpa"):
+        # Flex attention has no backward on the CPU: frozen weights with gradient mode on come closest to training.
+        model = tiny_model("llama", attention=attention).train().requires_grad_(False)
+        with IncoherenceMonitor(model, every=1, config=CONFIG) as monitor:
+            with monitor.step(0):
+                model(**batches(1)[0], use_cache=False)
+            found[attention] = monitor.latest
+            assert len(monitor.coverage().seen) == 2
+            assert not monitor.coverage().failures
+    for name, values in found["sdpa"].items():
+        assert found["flex_attention"][name] == pytest.approx(values, rel=1e-3), name
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_padding_is_left_out(attention, side):
+    lengths = [32, 40, 64, 48]
+    ids = torch.randint(1, 64, (4, 64))
+    mask = torch.zeros(4, 64, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, slice(64 - length, None) if side == "left" else slice(None, length)] = 1
+    model = tiny_model("llama", attention=attention).train().requires_grad_(attention != "flex_attention")
+    seen = []
+    with IncoherenceMonitor(model, every=1, config=CONFIG) as monitor:
+        original = monitor._sampler.receive
+
+        def receive(given, info):
+            seen.append(given)
+            original(given, info)
+
+        monitor._sampler.receive = receive
+        with monitor.step(0):
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        monitor.flush()
+        assert not monitor.coverage().failures
+        assert len(monitor.coverage().seen) == 2
+    for given in seen:
+        assert given.valid is not None
+        assert torch.equal(given.valid, mask.bool())
+
+
+@pytest.mark.parametrize("kind", ["none", "reentrant", "non-reentrant"])
+def test_each_layer_counts_once_a_micro_batch(kind):
+    model = tiny_model("llama").train()
+    if kind != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+        model.enable_input_require_grads()
+    data = batches(3)
+    with IncoherenceMonitor(model, every=1, config=CONFIG, micro_batches=3) as monitor:
+        with monitor.step(0):
+            for batch in data:
+                model(**batch, use_cache=False).loss.backward()
+        assert [tap.counter.counted for tap in monitor._capture.taps] == [3, 3]
+        monitor.flush()
+        plans = monitor._sampler.plans.values()
+        assert {plan.parts for plan in plans} == {((2, 2), (1, 1), (1, 1))}
+
+
+def test_the_same_step_entered_again_adds():
+    model = tiny_model("llama").train()
+    data = batches(2)
+    with IncoherenceMonitor(model, every=1, config=CONFIG) as monitor:
+        for batch in data:
+            with monitor.step(0):
+                model(**batch, use_cache=False).loss.backward()
+        assert [tap.counter.counted for tap in monitor._capture.taps] == [2, 2]
+        monitor.flush()
+        assert monitor.samples == 1
+
+
+def test_evaluation_and_generation_inside_a_step_are_not_counted():
+    model = tiny_model("llama").train()
+    batch = batches(1)[0]
+    with IncoherenceMonitor(model, every=1, config=CONFIG) as monitor:
+        with monitor.step(0):
+            with torch.no_grad():
+                model(**batch)
+            model.eval()
+            model(**batch)
+            model.train()
+            model(**batch, use_cache=False).loss.backward()
+        assert [tap.counter.counted for tap in monitor._capture.taps] == [1, 1]
+        assert sum(monitor.coverage().skipped.values()) == 4
+
+
+def test_another_model_is_not_counted():
+    import copy
+
+    model = tiny_model("llama").train()
+    reference = copy.deepcopy(model).train()
+    batch = batches(1)[0]
+    with IncoherenceMonitor(model, every=1, config=CONFIG) as monitor, monitor.step(0):
+        inside = copy.deepcopy(model).train()
+        reference(**batch, use_cache=False).loss.backward()
+        inside(**batch, use_cache=False).loss.backward()
+        assert [tap.counter.counted for tap in monitor._capture.taps] == [0, 0]
+
+
+def test_between_samples_layers_get_the_original_function():
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model = tiny_model("llama").train()
+    with IncoherenceMonitor(model, every=10, config=CONFIG) as monitor:
+        plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        with monitor.step(3):
+            assert ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None) is plain
+            train(model, batches(1))
+        assert monitor.samples == 0
+        with monitor.step(10):
+            assert ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None) is not plain
+        assert ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None) is plain
+
+
+def test_attached_too_late_to_a_compiled_model_is_told_with_the_cause(one_thread, caplog):
+    torch._dynamo.reset()
+    from transformers.modeling_utils import AttentionInterface
+
+    from incoherence_monitor.capture import hf
+
+    current = AttentionInterface.get_interface
+    try:
+        # As in a process where nothing has been installed yet.
+        AttentionInterface.get_interface = getattr(current, "__wrapped__", current)
+        hf.install.cache_clear()
+        model = torch.compile(tiny_model("llama").train())
+        batch = batches(1)[0]
+        model(**batch, use_cache=False).loss.backward()
+        with caplog.at_level(logging.WARNING), IncoherenceMonitor(model, every=1, config=CONFIG) as monitor:
+            for step in range(3):
+                with monitor.step(step):
+                    model(**batch, use_cache=False).loss.backward()
+            monitor.flush()
+        told = [record.message for record in caplog.records if "should have been seen" in record.message]
+        assert len(told) == 1
+        assert "before the monitor was attached" in told[0]
+        assert "2 of 2" in told[0]
+    finally:
+        AttentionInterface.get_interface = current
+
+
+def test_a_compiled_model_compiles_once_more_and_never_again(one_thread):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny_model("llama").train()
+    with IncoherenceMonitor(model, every=2, config=CONFIG) as monitor:
+        compiled = torch.compile(model, fullgraph=True)
+        graphs = []
+        for step, batch in enumerate(batches(8)):
+            with monitor.step(step):
+                compiled(**batch, use_cache=False).loss.backward()
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert graphs == [1, 2, 2, 2, 2, 2, 2, 2]
+        monitor.flush()
+        assert monitor.samples == 4
+        assert len(monitor.coverage().seen) == 2
+
+
+def test_a_model_without_attention_is_refused():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32, state_size=4))
+    with pytest.raises(ModelError, match="MambaForCausalLM has no attention layer that can be watched"):
+        IncoherenceMonitor(model)
+
+
+def test_attention_code_of_its_own_is_named_as_out_of_reach(caplog):
+    model = tiny_model("llama").train()
+
+    class OwnAttention(torch.nn.Module):
+        pass
+
+    model.extra = OwnAttention()
+    with caplog.at_level(logging.WARNING), IncoherenceMonitor(model, every=1, config=CONFIG) as monitor:
+        coverage = monitor.coverage()
+    assert list(coverage.out_of_reach) == ["extra"]
+    assert "OwnAttention" in coverage.out_of_reach["extra"]
+    assert any("extra is not watched" in record.message for record in caplog.records)
+    assert len(coverage.watched) == 2
+
+
+def test_include_and_exclude_choose_layers():
+    model = tiny_model("llama", layers=3).train()
+    config = MonitorConfig(window=32, include=("model.layers.*",), exclude=("*.1.*",))
+    with IncoherenceMonitor(model, every=1, config=config) as monitor:
+        step_through(model, monitor, batches(1)[0])
+        assert monitor.coverage().seen == ("model.layers.0.self_attn", "model.layers.2.self_attn")
+    with pytest.raises(ModelError, match="left out by include and exclude"):
+        IncoherenceMonitor(model, config=MonitorConfig(exclude=("*",)))
+
+
+def test_names_are_the_same_however_the_model_is_wrapped():
+    plain = tiny_model("llama")
+    expected = IncoherenceMonitor(plain).coverage().watched
+    assert IncoherenceMonitor(torch.compile(plain)).coverage().watched == expected
+
+
+def test_sequences_that_are_too_short_are_counted_and_told(caplog):
+    model = tiny_model("llama").train()
+    with caplog.at_level(logging.WARNING), IncoherenceMonitor(model, every=1) as monitor:
+        step_through(model, monitor, batches(1, length=20)[0])
+        assert all(math.isnan(value) for value in monitor.latest["key_norm"].values())
+        assert sum(count for reason, count in monitor.coverage().skipped.items() if "32 tokens" in reason) > 0
+    assert any("no sequence of the first sample" in record.message for record in caplog.records)
