@@ -15,21 +15,22 @@ import numpy as np
 
 from .records import BoolArray, FloatArray, IntArray
 
+PREDICTS_FROM = 8
+"""Samples from which a line is drawn at all, to see how well it predicts before anything is judged by it."""
 NEWEST_LEFT_OUT = 4
 """Newest samples that do not enter the line, so that a slow drift does not teach the baseline at once."""
 ARMED_FROM = 24
-"""Samples from which a baseline is honest enough to judge by."""
+"""Samples a baseline needs before anything may be judged by it."""
 SCALE_FLOOR = 0.02
 """Least scale, in log units: whole-number statistics and constant ones would otherwise have none."""
 MAD_TO_SIGMA = 1.4826
 
 
 class Prediction(NamedTuple):
-    """What the baseline expects of the next sample, per stream [S]; NaN where it is not armed."""
+    """What the baseline expects of the next sample, per stream [S]; NaN where it has too few samples for a line."""
 
     value: FloatArray
     scale: FloatArray
-    armed: BoolArray
 
 
 class Baseline:
@@ -85,10 +86,10 @@ class Baseline:
         mad = _median(np.abs(residual - centre), used, number)
         ahead = 0.5 * (tick - middle)
         factor = np.sqrt(1 + 1 / number + ahead**2 / spread)
-        armed = self.count >= ARMED_FROM
-        expected = np.where(armed, (mean + slope * ahead)[:, 0], np.nan)
-        scale = np.where(armed, (np.maximum(MAD_TO_SIGMA * mad, SCALE_FLOOR) * factor)[:, 0], np.nan)
-        return Prediction(expected, scale, armed)
+        drawn = self.count >= PREDICTS_FROM
+        expected = np.where(drawn, (mean + slope * ahead)[:, 0], np.nan)
+        scale = np.where(drawn, (np.maximum(MAD_TO_SIGMA * mad, SCALE_FLOOR) * factor)[:, 0], np.nan)
+        return Prediction(expected, scale)
 
 
 def _median(values: FloatArray, used: BoolArray, number: IntArray) -> FloatArray:

@@ -32,9 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"incoherence-monitor {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     demo = commands.add_parser("demo", help="train a small model, break one head, show the alert (a minute or two)")
-    demo.add_argument(
-        "-o", "--output-dir", type=Path, default=Path("incoherence-demo"), help="default: %(default)s"
-    )
+    demo.add_argument("-o", "--output-dir", type=Path, default=Path("incoherence-demo"), help="default: %(default)s")
     demo.add_argument("--wandb", action="store_true", help="also write an offline Weights & Biases run")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

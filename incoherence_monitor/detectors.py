@@ -8,6 +8,10 @@ From one sample of log statistics [S] to a `Verdict`. Two adaptive rules (DETECT
 
 Both need two samples in a row of one sign. A sample beyond its threshold does not enter the baseline.
 
+A rule judges a stream only once the baseline has earned it: it must hold enough samples, and its own recent forecasts
+must have been about as good as its scale claims. Early in training, statistics bend faster than any line; a baseline
+that is armed by count alone then cries wolf, and one that is armed by its record waits until the bend is over.
+
 Layer 2: imports baseline (the one sideways edge), config, records and stats.
 """
 
@@ -19,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .baseline import MAD_TO_SIGMA, Baseline
+from .baseline import ARMED_FROM, MAD_TO_SIGMA, Baseline
 from .config import MonitorConfig
 from .records import BoolArray, FloatArray, IntArray, Layout, Verdict
 from .stats import STATISTICS
@@ -29,6 +33,9 @@ SMALL_COHORT = 4
 """Below this many heads there is no cohort to compare with: a head is judged by its own past alone."""
 SMALL_COHORT_FACTOR = 2.5
 """Own-history rules need thresholds of 9 to 17 (DETECTION.md), since all heads move together early in training."""
+TRUSTED_BELOW = 1.0
+"""Running mean of absolute deviations at which a baseline is trusted; 0.8 is what normal noise gives."""
+FIRST_DOUBT, LARGEST_DOUBT, DOUBT_RATE = 3.0, 10.0, 0.1
 EXCURSION_FROM = 2.0
 """Deviation from which an excursion counts as begun, for the estimate of its onset."""
 
@@ -53,7 +60,35 @@ def student_threshold(tests_per_false_alarm: float, freedom: int) -> float:
     return z + first / freedom + second / freedom**2
 
 
-class _Runs:
+class _Vectors:
+    """A few arrays of equal length that are saved, restored and rearranged together."""
+
+    def remap(self, positions: IntArray, fresh: _Vectors) -> None:
+        """Move the entries at `positions` (-1: none) to a new arrangement, the others as in `fresh`."""
+        kept = positions >= 0
+        for name, values in vars(fresh).items():
+            values[kept] = getattr(self, name)[positions[kept]]
+        vars(self).update(vars(fresh))
+
+
+class _Trust(_Vectors):
+    """Whether forecasts have been good enough to judge by; once earned, it stays."""
+
+    def __init__(self, size: int) -> None:
+        self.doubt = np.full(size, FIRST_DOUBT)
+        self.earned = np.zeros(size, dtype=bool)
+
+    def update(self, deviation: FloatArray, eligible: BoolArray) -> BoolArray:
+        """Take one sample's deviations; returns which streams had earned trust before it."""
+        before: BoolArray = self.earned.copy()
+        known = np.isfinite(deviation)
+        size = np.minimum(np.abs(np.where(known, deviation, 0)), LARGEST_DOUBT)
+        self.doubt = np.where(known, (1 - DOUBT_RATE) * self.doubt + DOUBT_RATE * size, self.doubt)
+        self.earned |= known & eligible & (self.doubt < TRUSTED_BELOW)
+        return before
+
+
+class _Runs(_Vectors):
     """Samples in a row beyond a threshold with one sign, and where the present excursion began."""
 
     def __init__(self, size: int) -> None:
@@ -76,13 +111,6 @@ class _Runs:
         self.side = np.where(known, np.where(outside, sign, 0), self.side)
         return beyond, beyond & (np.abs(self.run) >= SAMPLES_IN_A_ROW)
 
-    def remap(self, positions: IntArray) -> None:
-        fresh = _Runs(len(positions))
-        kept = positions >= 0
-        for name in ("run", "side", "since"):
-            getattr(fresh, name)[kept] = getattr(self, name)[positions[kept]]
-        self.__dict__.update(fresh.__dict__)
-
 
 class DriftDetector:
     """Baselines and rules for every stream of a layout. Vectorised; about 370 bytes a stream."""
@@ -98,6 +126,8 @@ class DriftDetector:
         self.baseline = Baseline(layout.size, config.baseline_samples)
         self.runs = _Runs(layout.size)
         self.model_runs = _Runs(len(STATISTICS))
+        self.trust = _Trust(layout.size)
+        self.model_trust = _Trust(len(STATISTICS))
         self._arrange(layout)
 
     def _arrange(self, layout: Layout) -> None:
@@ -138,31 +168,27 @@ class DriftDetector:
         Returns:
             The verdict.
         """
-        expected, scale, armed = self.baseline.predict(tick)
+        expected, scale = self.baseline.predict(tick)
         known = np.isfinite(log_values)
-        residual = np.where(known, log_values, np.nan) - expected
+        residual = np.where(known & self.judged, log_values, np.nan) - expected
         own = residual / scale
-        deviation = np.full(self.layout.size, np.nan)
-        for members in self._cohorts:
-            ready = members[np.isfinite(own[members])]
-            if len(members) < SMALL_COHORT or 0 < len(ready) < SMALL_COHORT:
-                deviation[ready] = own[ready] if len(members) < SMALL_COHORT else np.nan
-            elif len(ready):
-                centre = np.median(residual[ready])
-                apart = residual[ready] - centre
-                spread = MAD_TO_SIGMA * np.median(np.abs(apart))
-                deviation[ready] = apart / np.sqrt(scale[ready] ** 2 + spread**2)
+        deviation = self._against_cohort(residual, own, scale)
+        enough = self.judged & (self.baseline.count >= ARMED_FROM)
+        armed = self.trust.update(deviation, enough)
+        deviation[~armed] = np.nan
         beyond, alarm = self.runs.update(deviation, self.threshold, step)
 
-        model_deviation = np.full(len(STATISTICS), np.nan)
-        for at, row in enumerate(STATISTICS):
-            part = self.layout.slices[row.name]
-            values = own[part][self.judged[part] & np.isfinite(own[part])]
-            if len(values):
-                model_deviation[at] = np.median(values)
+        model_deviation = self._of_the_model(own)
+        model_enough = np.array(
+            [
+                bool(enough[part][self.judged[part]].mean() >= 0.5) if self.judged[part].any() else False
+                for part in self.layout.slices.values()
+            ]
+        )
+        model_deviation[~self.model_trust.update(model_deviation, model_enough)] = np.nan
         model_beyond, model_alarm = self.model_runs.update(model_deviation, self.model_threshold, step)
 
-        flagged = beyond
+        flagged = beyond.copy()
         for at, row in enumerate(STATISTICS):
             if model_beyond[at]:
                 flagged[self.layout.slices[row.name]] = True
@@ -174,13 +200,35 @@ class DriftDetector:
             alarm=alarm,
             restless=size > self.threshold / 2,
             since=self.runs.since,
-            armed=armed & self.judged,
+            armed=armed,
             armed_share=float(armed[self.judged].mean()) if self.judged.any() else 0.0,
             model_deviation=model_deviation,
             model_alarm=model_alarm,
             model_restless=model_size > self.model_threshold / 2,
             model_since=self.model_runs.since,
         )
+
+    def _against_cohort(self, residual: FloatArray, own: FloatArray, scale: FloatArray) -> FloatArray:
+        """Departure of every stream from its cohort's, in units of both scales together; [S]."""
+        deviation = np.full(self.layout.size, np.nan)
+        for members in self._cohorts:
+            ready = members[np.isfinite(own[members])]
+            if len(members) < SMALL_COHORT:
+                deviation[ready] = own[ready]
+            elif len(ready) >= SMALL_COHORT:
+                apart = residual[ready] - np.median(residual[ready])
+                spread = MAD_TO_SIGMA * np.median(np.abs(apart))
+                deviation[ready] = apart / np.sqrt(scale[ready] ** 2 + spread**2)
+        return deviation
+
+    def _of_the_model(self, own: FloatArray) -> FloatArray:
+        """Median over heads of each head's departure from its own baseline, by statistic; [M]."""
+        result = np.full(len(STATISTICS), np.nan)
+        for at, part in enumerate(self.layout.slices.values()):
+            values = own[part][np.isfinite(own[part])]
+            if len(values):
+                result[at] = np.median(values)
+        return result
 
     def grow(self, layout: Layout) -> None:
         """Take over a layout with more layers; the streams known before keep their state."""
@@ -190,20 +238,28 @@ class DriftDetector:
         for name in ("values", "ticks", "count"):
             getattr(fresh, name)[kept] = getattr(self.baseline, name)[positions[kept]]
         self.baseline = fresh
-        self.runs.remap(positions)
+        self.runs.remap(positions, _Runs(layout.size))
+        self.trust.remap(positions, _Trust(layout.size))
         self._arrange(layout)
+
+    def _parts(self) -> dict[str, Baseline | _Vectors]:
+        return {
+            "baseline": self.baseline,
+            "runs": self.runs,
+            "model_runs": self.model_runs,
+            "trust": self.trust,
+            "model_trust": self.model_trust,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a later judgement depends on, as tensors."""
-        parts = {"baseline": self.baseline, "runs": self.runs, "model_runs": self.model_runs}
         return {
             name: {key: torch.from_numpy(value.copy()) for key, value in vars(part).items()}
-            for name, part in parts.items()
+            for name, part in self._parts().items()
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned for the same layout and baseline length."""
-        parts = {"baseline": self.baseline, "runs": self.runs, "model_runs": self.model_runs}
-        for name, part in parts.items():
+        for name, part in self._parts().items():
             for key, value in state[name].items():
                 setattr(part, key, value.numpy().copy())

@@ -166,12 +166,12 @@ class Verdict:
     """What the detector makes of one sample; arrays over streams [S] or statistics [M].
 
     Attributes:
-        expected: [S] the baseline's prediction, in the statistic's unit; NaN where not armed.
+        expected: [S] the baseline's prediction, in the statistic's unit; NaN where there is none yet.
         deviation: [S] distance from the cohort in robust standard deviations, signed; NaN where not judged.
         alarm: [S] beyond the threshold on two samples in a row, same sign.
         restless: [S] beyond half the threshold: an open episode stays open.
         since: [S] step at which the present excursion began; -1 where there is none.
-        armed: [S] the baseline is honest.
+        armed: [S] the baseline has earned judgement.
         armed_share: share of the judged streams that are armed.
         model_deviation: [M] median over heads of each head's deviation from its own history; NaN where not judged.
         model_alarm: [M] as `alarm`, for the whole model.

@@ -239,9 +239,8 @@ def _unpack(flat: Tensor, start: int, info: LayerInfo, number: int) -> tuple[Any
     values |= {name: query[:, at].double().numpy() for at, name in enumerate(SMOOTH_QUERY)}
     values |= {name: value.double().numpy() for name, value in spectral_statistics(core).items()}
     bad_key = ~np.isfinite(values["key_norm"])
-    pairing = [info.key_head_of(head) for head in range(info.query_heads)]
-    # The energy scale is defined for every finite input, so where the keys are finite it tells of the queries.
-    bad_query = ~np.isfinite(values["energy_scale"]) & ~bad_key[:, pairing]
+    # Both are undefined for queries that are all zero too, but then the energy scale is zero, not missing.
+    bad_query = ~np.isfinite(values["energy_scale"]) & ~np.isfinite(values["query_participation_rank"])
     return keep, values, {"key": bad_key, "query": bad_query}, start
 
 

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 
-def tiny_model(kind: str = "llama", *, attention: str = "sdpa", dropout: float = 0.0, layers: int = 2, **more: Any) -> Any:
+def tiny_model(
+    kind: str = "llama", *, attention: str = "sdpa", dropout: float = 0.0, layers: int = 2, **more: Any
+) -> Any:
     """A tiny Hugging Face causal model with random weights from a fixed seed."""
     import transformers
 

@@ -222,7 +222,7 @@ def close(found, expected, names, *, rtol=1e-3):
 
 
 def make(case, group=2):
-    return heads(query_heads=group * case["key_heads"], **{k: v for k, v in case.items()})
+    return heads(query_heads=group * case["key_heads"], **case)
 
 
 WELL_POSED = [name for name in STATISTIC_NAMES if name not in ("energy_rank", "key_leverage")]
@@ -296,7 +296,10 @@ def test_rotating_queries_and_keys_together_changes_nothing(case):
 @given(cases, st.sampled_from([1e-3, 0.5, 40.0]))
 def test_scaling_the_keys_changes_energy_scale_and_key_norm_alone(case, factor):
     query, key = make(case)
-    before, after = head_statistics(query.double(), key.double()), head_statistics(query.double(), factor * key.double())
+    before, after = (
+        head_statistics(query.double(), key.double()),
+        head_statistics(query.double(), factor * key.double()),
+    )
     close(after, before, [name for name in STATISTIC_NAMES if name not in ("energy_scale", "key_norm")])
     for name in ("energy_scale", "key_norm"):
         torch.testing.assert_close(after[name], factor * before[name], rtol=1e-4, atol=0)

@@ -1,0 +1,324 @@
+"""`IncoherenceCallback` in a real Trainer: metrics, files, resume, actions, and a run that is not disturbed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from incoherence_monitor import Alert, History, IncoherenceCallback, MonitorConfig
+from incoherence_monitor.errors import ModelError, SettingError, StateError
+from incoherence_monitor.trackers import InMemoryTracker
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from .models import batches, tiny_model, weights
+
+CONFIG = MonitorConfig(window=32, baseline_samples=28)
+
+
+class Breaker(transformers.TrainerCallback):
+    """Lets one head's key projection grow from a step on, and does so again after a resume."""
+
+    def __init__(self, model, at, factor=1.08):
+        self.model, self.at, self.factor = model, at, factor
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.at:
+            with torch.no_grad():
+                self.model.model.layers[1].self_attn.k_proj.weight[:8] *= self.factor
+
+
+def make_trainer(output_dir, *, steps=50, callback=None, model=None, break_at=None, **arguments):
+    model = model if model is not None else tiny_model("llama", dropout=0.1, key_heads=4, layers=3)
+    data = [{name: value[0] for name, value in batch.items()} for batch in batches(64, batch=1, length=32)]
+    callbacks = [] if callback is None else [callback]
+    if break_at is not None:
+        callbacks.append(Breaker(model, break_at))
+    defaults = {
+        "max_steps": steps,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 3,
+    }
+    args = transformers.TrainingArguments(str(output_dir), **{**defaults, **arguments})
+    return transformers.Trainer(model, args, train_dataset=data, callbacks=callbacks)
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def same_history(left: History, right: History) -> None:
+    assert left.steps.tolist() == right.steps.tolist()
+    for name in left.statistics:
+        assert left.heads(name) == right.heads(name)
+        np.testing.assert_array_equal(left.values(name), right.values(name))
+    assert left.alerts == right.alerts
+
+
+def test_trains_bit_identically_and_writes_history(tmp_path):
+    plain = make_trainer(tmp_path / "plain", steps=12, gradient_accumulation_steps=2)
+    plain.train()
+    callback = IncoherenceCallback(every=2, config=CONFIG)
+    watched = make_trainer(tmp_path / "watched", steps=12, gradient_accumulation_steps=2, callback=callback)
+    watched.train()
+    assert losses(plain) == losses(watched)
+    for name, value in weights(plain.model).items():
+        assert torch.equal(value, weights(watched.model)[name]), name
+    assert callback.monitor.samples == 6
+    assert not callback.monitor.coverage().failures
+    history = History.open(tmp_path / "watched")
+    assert history.steps.tolist() == [0, 2, 4, 6, 8, 10]
+    assert len(history.heads("energy_scale")) == 12
+    assert np.isfinite(history.values("energy_rank")).all()
+    assert (tmp_path / "watched" / "incoherence" / "heads_map.png").is_file()
+    # Both micro-batches give half of the windows.
+    assert {plan.parts for plan in callback.monitor._sampler.plans.values()} == {((2, 2), (2, 2))}
+
+
+@pytest.fixture(scope="module")
+def unbroken_run(tmp_path_factory):
+    """A run with a fault that never stopped, with checkpoints on the way."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    callback = IncoherenceCallback(every=1, config=CONFIG)
+    make_trainer(folder, callback=callback, break_at=36, save_strategy="steps", save_steps=10).train()
+    return folder, callback.monitor
+
+
+def test_the_broken_head_is_named(unbroken_run):
+    _, monitor = unbroken_run
+    first = monitor.alerts[0]
+    assert (first.layer, first.kind, first.head) == ("model.layers.1.self_attn", "key", 0)
+    assert 36 <= first.step <= 48
+    assert 33 <= first.since_step <= first.step
+
+
+@pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.parametrize("stop", [10, 30, 40])
+def test_a_resumed_run_judges_as_one_that_never_stopped(unbroken_run, tmp_path, stop, restore):
+    whole, monitor = unbroken_run
+    callback = IncoherenceCallback(every=1, config=CONFIG)
+    # Killed some steps after the checkpoint: the history runs on behind it.
+    short = make_trainer(
+        tmp_path, steps=min(stop + 7, 50), callback=callback, break_at=36, save_strategy="steps", save_steps=10
+    )
+    short.train()
+    told = []
+    callback = IncoherenceCallback(every=1, config=CONFIG, on_alert=told.append)
+    trainer = make_trainer(
+        tmp_path, callback=callback, break_at=36, save_strategy="steps", save_steps=10,
+        restore_callback_states_from_checkpoint=restore,
+    )  # fmt: skip
+    # An explicit path.
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert callback.monitor.alerts == monitor.alerts
+    assert told == [alert for alert in monitor.alerts if alert.step >= stop]
+    same_history(History.open(tmp_path), History.open(whole))
+    assert not callback.monitor.coverage().failures
+
+
+def test_state_is_found_in_the_folder_it_was_saved_in(unbroken_run, tmp_path):
+    whole, monitor = unbroken_run
+    callback = IncoherenceCallback(every=1, config=CONFIG)
+    trainer = make_trainer(tmp_path, callback=callback, break_at=36)
+    trainer.train(resume_from_checkpoint=str(whole / "checkpoint-40"))
+    assert callback.monitor.alerts == monitor.alerts
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed", "none"])
+def test_without_its_state_the_baseline_starts_anew_and_that_is_said(unbroken_run, tmp_path, damage, caplog):
+    whole, _ = unbroken_run
+    copied = tmp_path / "run"
+    shutil.copytree(whole / "checkpoint-20", copied / "checkpoint-20")
+    path = copied / "checkpoint-20" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    saved = state["stateful_callbacks"]["IncoherenceCallback"]["attributes"]["saved_state"]
+    if damage == "missing":
+        saved["folder"] = str(tmp_path)
+    elif damage == "changed":
+        saved["sha256"] = "0" * 64
+    else:
+        # A checkpoint of a run that had no monitor.
+        del state["stateful_callbacks"]["IncoherenceCallback"]
+    path.write_text(json.dumps(state))
+    callback = IncoherenceCallback(every=1, config=CONFIG)
+    trainer = make_trainer(copied, steps=30, callback=callback, save_strategy="steps", save_steps=25)
+    trainer.train(resume_from_checkpoint=str(copied / "checkpoint-20"))
+    assert callback.monitor.samples == 10
+    assert any("the baseline starts anew" in record.message for record in caplog.records)
+    assert (copied / "checkpoint-25").is_dir()
+
+
+def test_the_state_of_another_model_is_refused_when_training_starts(unbroken_run, tmp_path):
+    whole, _ = unbroken_run
+    other = tiny_model("llama", key_heads=4, layers=3)
+    other.config.num_attention_heads = 8
+    with pytest.raises(StateError, match="another model"):
+        make_trainer(tmp_path, model=other, callback=IncoherenceCallback(every=1, config=CONFIG)).train(
+            resume_from_checkpoint=str(whole / "checkpoint-10")
+        )
+
+
+def test_tensorboard_gets_scalars_pictures_and_alerts(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("matplotlib")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "log"))
+    callback = IncoherenceCallback(every=1, config=CONFIG)
+    make_trainer(tmp_path, callback=callback, break_at=36, report_to=["tensorboard"]).train()
+    events = EventAccumulator(str(tmp_path / "log"))
+    events.Reload()
+    tags = events.Tags()
+    for name in (
+        "key_incoherence/median",
+        "key_incoherence/max",
+        "energy_rank/min",
+        "drifting_heads",
+        "alerts",
+        "armed",
+    ):
+        assert f"incoherence/{name}" in tags["scalars"]
+    assert {"incoherence/cost/sample_ms", "incoherence/cost/share", "train/loss"} <= set(tags["scalars"])
+    assert "incoherence/L01/KV00/key_norm" in tags["scalars"]
+    assert not any("/L00/" in tag for tag in tags["scalars"])
+    assert "incoherence/heads_map" in tags["images"]
+    texts = events.Tensors("incoherence/alert/text_summary")
+    assert b"Key head 0 of layer 1" in texts[0].tensor_proto.string_val[0]
+    values = events.Scalars("incoherence/key_norm/median")
+    assert [event.step for event in values] == list(range(50))
+    expected = np.median(callback.monitor.history.values("key_norm")[7])
+    assert values[7].value == pytest.approx(expected, rel=1e-6)
+
+
+def test_other_reporters_get_the_scalars(tmp_path, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    logged = []
+
+    class Reporter(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+            logged.append((state.global_step, dict(logs)))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "trackio", Reporter)
+    monkeypatch.setattr(transformers.trainer, "get_reporting_integration_callbacks", lambda names: [Reporter])
+    make_trainer(tmp_path, steps=6, callback=IncoherenceCallback(every=2, config=CONFIG), report_to=["trackio"]).train()
+    ours = [(step, logs) for step, logs in logged if "incoherence/alerts" in logs]
+    assert [step for step, _ in ours] == [0, 2, 4]
+
+
+def test_nothing_is_printed_or_logged_into_the_trainers_own_history(tmp_path):
+    trainer = make_trainer(tmp_path, steps=6, callback=IncoherenceCallback(every=2, config=CONFIG))
+    trainer.train()
+    assert not any(key.startswith("incoherence") for entry in trainer.state.log_history for key in entry)
+
+
+@pytest.mark.parametrize("action", ["save", "stop"])
+def test_acts_on_a_confirmed_critical_alert(tmp_path, action):
+    class Poison(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 5:
+                with torch.no_grad():
+                    model.model.layers[0].self_attn.k_proj.weight[0] = float("nan")
+
+    callback = IncoherenceCallback(
+        every=1, config=CONFIG, save_on_alert=action == "save", stop_on_alert=action == "stop"
+    )
+    trainer = make_trainer(tmp_path, steps=20, callback=callback)
+    trainer.add_callback(Poison())
+    trainer.train()
+    assert callback.monitor.alerts[0].severity == "critical"
+    if action == "stop":
+        # Poisoned at step 5, told when step 6 begins, confirmed when step 7 begins.
+        assert trainer.state.global_step == 8
+    else:
+        assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+def test_a_warning_neither_saves_nor_stops(tmp_path):
+    config = MonitorConfig(window=32, baseline_samples=28, statistics=("key_norm",))
+    callback = IncoherenceCallback(every=1, config=config, save_on_alert=True, stop_on_alert=True)
+    trainer = make_trainer(tmp_path, steps=44, callback=callback, break_at=36)
+    trainer.train()
+    assert [alert.severity for alert in callback.monitor.alerts] == ["warning"]
+    assert trainer.state.global_step == 44
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_tracker_or_user_function_that_fails_does_not_stop_training(tmp_path, caplog):
+    class Broken(InMemoryTracker):
+        def log(self, metrics, *, step):
+            raise OSError("disk full")
+
+    def angry(alert: Alert) -> None:
+        raise RuntimeError("pager is down")
+
+    good = InMemoryTracker()
+    callback = IncoherenceCallback(every=1, config=CONFIG, trackers=[Broken(), good], on_alert=angry)
+    trainer = make_trainer(tmp_path, callback=callback, break_at=36)
+    trainer.train()
+    assert trainer.state.global_step == 50
+    assert len(good.metrics) == 50
+    assert good.alerts
+    assert good.closed
+    failures = callback.monitor.coverage().failures
+    assert failures["writing metrics to Broken: OSError"] == 50
+    assert failures["calling on_alert: RuntimeError"] == len(good.alerts)
+    assert sum("disk full" in record.message for record in caplog.records) == 1
+
+
+def test_every_auto_takes_about_500_samples():
+    from incoherence_monitor.integrations.transformers import automatic_interval
+
+    assert [automatic_interval(steps) for steps in (10, 500, 1000, 5000, 50_000, 10**6)] == [1, 1, 2, 10, 100, 100]
+
+
+def test_a_checkpoint_is_saved_though_the_monitors_state_cannot_be(tmp_path):
+    callback = IncoherenceCallback(every=1, config=CONFIG)
+    trainer = make_trainer(tmp_path, steps=10, callback=callback, save_strategy="steps", save_steps=5)
+
+    class Block(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            (tmp_path / "incoherence").mkdir(exist_ok=True)
+            (tmp_path / "incoherence" / "state").exists() or (tmp_path / "incoherence" / "state").write_text("a file")
+
+    trainer.add_callback(Block())
+    trainer.train()
+    assert (tmp_path / "checkpoint-10").is_dir()
+    assert any("saving the monitor's state" in kind for kind in callback.monitor.coverage().failures)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"every": 0},
+        {"every": -3},
+        {"every": "often"},
+        {"trackers": "tensorboards"},
+        {"config": 3},
+        {"config": {"windows": 3}},
+    ],
+)
+def test_wrong_settings_raise_when_constructed(settings):
+    with pytest.raises(SettingError):
+        IncoherenceCallback(**settings)
+
+
+def test_a_model_without_attention_raises_when_training_starts(tmp_path):
+    model = transformers.MambaForCausalLM(
+        transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=64, state_size=4)
+    )
+    with pytest.raises(ModelError, match="no attention"):
+        make_trainer(tmp_path, model=model, callback=IncoherenceCallback()).train()
