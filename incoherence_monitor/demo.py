@@ -131,9 +131,7 @@ def run_demo(output_dir: Path, *, say: Callable[[str], None] = print, wandb: boo
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == FAULT_STEP:
-                say(
-                    f"step {FAULT_STEP}: layer {FAULT_LAYER}, key head {FAULT_HEAD} breaks: x{GROWTH} a step from now on"
-                )
+                say(f"step {FAULT_STEP}: layer {FAULT_LAYER}, key head {FAULT_HEAD} breaks, x{GROWTH} a step from here")
             if state.global_step >= FAULT_STEP:
                 with torch.no_grad():
                     model.model.layers[FAULT_LAYER].self_attn.k_proj.weight[rows] *= GROWTH

@@ -154,11 +154,11 @@ def test_without_its_state_the_baseline_starts_anew_and_that_is_said(unbroken_ru
         del state["stateful_callbacks"]["IncoherenceCallback"]
     path.write_text(json.dumps(state))
     callback = IncoherenceCallback(every=1, config=CONFIG)
-    trainer = make_trainer(copied, steps=30, callback=callback, save_strategy="steps", save_steps=25)
+    trainer = make_trainer(copied, steps=30, callback=callback, save_strategy="steps", save_steps=10)
     trainer.train(resume_from_checkpoint=str(copied / "checkpoint-20"))
     assert callback.monitor.samples == 10
     assert any("the baseline starts anew" in record.message for record in caplog.records)
-    assert (copied / "checkpoint-25").is_dir()
+    assert (copied / "checkpoint-30").is_dir()
 
 
 def test_the_state_of_another_model_is_refused_when_training_starts(unbroken_run, tmp_path):

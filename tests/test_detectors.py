@@ -1,0 +1,232 @@
+"""Baseline, thresholds and rules: found at a pinned sample, quiet on noise, vectorised equals one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from incoherence_monitor import MonitorConfig
+from incoherence_monitor.baseline import Baseline
+from incoherence_monitor.detectors import DriftDetector, normal_threshold, student_threshold
+from incoherence_monitor.records import LayerInfo, Layout
+from incoherence_monitor.stats import STATISTICS
+
+LAYOUT = Layout(tuple(LayerInfo(f"layer{at}", at, 4, 4, 16, window=64) for at in range(3)))
+KEY_NORM = LAYOUT.slices["key_norm"]
+
+
+def noise(samples, *, scale=0.03, seed=0, layout=LAYOUT):
+    return np.random.default_rng(seed).normal(size=(samples, layout.size)) * scale + 1.0
+
+
+def run(values, detector=None, layout=LAYOUT, config=None, start=0):
+    detector = detector or DriftDetector(layout, config or MonitorConfig())
+    verdicts = [detector.judge(row, tick=start + at, step=10 * (start + at)) for at, row in enumerate(values)]
+    return detector, verdicts
+
+
+def alarms(verdicts):
+    return [(at, int(stream)) for at, verdict in enumerate(verdicts) for stream in np.flatnonzero(verdict.alarm)]
+
+
+def one_line(values, ticks, tick):
+    """The baseline's definition for one stream, written out."""
+    n = len(values) - 4
+    x, y = np.array(ticks[:n], float), np.array(values[:n], float)
+    slope, at_zero = np.polyfit(x - x.mean(), y, 1)
+    residual = y - (at_zero + slope * (x - x.mean()))
+    mad = np.median(np.abs(residual - np.median(residual)))
+    ahead = 0.5 * (tick - x.mean())
+    factor = np.sqrt(1 + 1 / n + ahead**2 / ((x - x.mean()) ** 2).sum())
+    return at_zero + slope * ahead, max(1.4826 * mad, 0.02) * factor
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(24, 60), st.integers(0, 1000), st.floats(0, 0.2), st.floats(-0.05, 0.05))
+def test_baseline_is_its_definition_stream_by_stream(samples, seed, scale, trend):
+    random = np.random.default_rng(seed)
+    baseline = Baseline(3, 40)
+    held = [[], [], []]
+    for tick in range(samples):
+        values = random.normal(size=3) * scale + trend * tick
+        keep = random.random(3) < [1.0, 0.8, 0.95]
+        baseline.push(values, tick, keep)
+        for stream in np.flatnonzero(keep):
+            held[stream] = [*held[stream], (float(np.float32(values[stream])), tick)][-40:]
+    expected, width = baseline.predict(samples)
+    for stream in range(3):
+        line = one_line(*zip(*held[stream], strict=True), samples)
+        assert expected[stream] == pytest.approx(line[0], rel=1e-6, abs=1e-7)
+        assert width[stream] == pytest.approx(line[1], rel=1e-5)
+
+
+def test_no_line_is_drawn_through_too_few_samples():
+    baseline = Baseline(1, 40)
+    for tick in range(7):
+        baseline.push(np.ones(1), tick, np.ones(1, bool))
+    assert np.isnan(baseline.predict(7).value).all()
+
+
+def test_student_threshold_is_close_to_the_exact_quantile():
+    scipy = pytest.importorskip("scipy.stats")
+    for tests in (1e3, 3e5, 5e8):
+        assert student_threshold(tests, 40) == pytest.approx(scipy.t.isf(0.5 / tests, 40), rel=0.02)
+        assert normal_threshold(tests) == pytest.approx(scipy.norm.isf(0.5 / tests), rel=1e-6)
+
+
+def test_threshold_rises_with_the_number_of_heads():
+    many = Layout(tuple(LayerInfo(f"layer{at}", at, 64, 64, 16) for at in range(80)))
+    few = DriftDetector(LAYOUT, MonitorConfig()).threshold[0]
+    assert (
+        DriftDetector(many, MonitorConfig()).threshold[0]
+        > few
+        > DriftDetector(LAYOUT, MonitorConfig(false_alarm_every=100)).threshold[0]
+    )
+
+
+def test_quiet_on_noise():
+    """Normal noise on 60 streams: 3,000 samples at the default of one false warning in 5,000."""
+    _, verdicts = run(noise(3000))
+    assert len({at for at, _ in alarms(verdicts)}) <= 2
+    assert not any(verdict.model_alarm.any() for verdict in verdicts)
+
+
+def test_false_alarm_every_is_the_knob():
+    """On noise that lasts two samples, as live batches are alike from one to the next."""
+    values = np.repeat(noise(750), 2, axis=0)
+    quiet, loud = (len(alarms(run(values, config=MonitorConfig(false_alarm_every=every))[1])) for every in (5000, 2))
+    assert quiet < 10 < loud
+
+
+def test_a_shift_of_one_head_is_found_at_its_second_sample():
+    values = noise(80)
+    values[60:, KEY_NORM.start + 5] += 0.5
+    _, verdicts = run(values)
+    assert alarms(verdicts)[0] == (61, KEY_NORM.start + 5)
+    assert {stream for _, stream in alarms(verdicts)} == {KEY_NORM.start + 5}
+    assert verdicts[61].since[KEY_NORM.start + 5] == 600
+    assert verdicts[61].deviation[KEY_NORM.start + 5] > 5
+    # Flagged samples stay out of the baseline: it is still drifting at the end.
+    assert verdicts[-1].alarm[KEY_NORM.start + 5]
+
+
+def test_one_sample_alone_raises_nothing():
+    values = noise(80)
+    values[60, KEY_NORM.start] += 3
+    assert not alarms(run(values)[1])
+
+
+def test_what_all_heads_do_is_the_models_not_a_heads():
+    values = noise(80)
+    values[60:, KEY_NORM] += 0.5
+    _, verdicts = run(values)
+    assert not [pair for pair in alarms(verdicts) if pair[0] < 70]
+    assert verdicts[61].model_alarm[[row.name for row in STATISTICS].index("key_norm")]
+
+
+def test_a_common_bend_early_in_training_is_not_judged():
+    """Every statistic moves by two log units along a saturating curve, as early in training."""
+    bend = 2 * (1 - np.exp(-np.arange(120) / 25))
+    values = noise(120, scale=0.01) + bend[:, None] * np.linspace(0.5, 1.5, LAYOUT.size)
+    _, verdicts = run(values)
+    assert not alarms(verdicts)
+    assert not any(verdict.model_alarm.any() for verdict in verdicts)
+    assert verdicts[-1].armed_share > 0.9
+
+
+def test_armed_only_with_enough_samples():
+    _, verdicts = run(noise(60))
+    assert not verdicts[23].armed.any()
+    assert verdicts[-1].armed_share == 1.0
+    judged = {name for name, part in LAYOUT.slices.items() if verdicts[-1].armed[part].all()}
+    assert judged == set(MonitorConfig().statistics)
+
+
+@pytest.mark.parametrize("missing", [np.nan, np.inf, -np.inf])
+def test_undefined_values_are_neither_judged_nor_learned(missing):
+    values = noise(90)
+    values[50:55, KEY_NORM.start + 1] = missing
+    detector, verdicts = run(values)
+    assert not alarms(verdicts)
+    assert all(np.isnan(verdict.deviation[KEY_NORM.start + 1]) for verdict in verdicts[50:55])
+    assert np.isfinite(detector.baseline.values).all()
+
+
+def test_constant_input_raises_nothing():
+    assert not alarms(run(np.ones((100, LAYOUT.size)))[1])
+
+
+def test_small_cohorts_are_judged_by_their_own_past():
+    layout = Layout((LayerInfo("only", 0, 2, 2, 16, window=64),))
+    values = noise(80, layout=layout)
+    values[60:, layout.slices["key_norm"].start] += 1.0
+    assert alarms(run(values, layout=layout)[1])[0] == (61, layout.slices["key_norm"].start)
+
+
+def test_cohorts_do_not_mix_kinds_of_layers():
+    """Four sliding layers jump together: for them that is normal, whatever the twelve global ones do."""
+    layout = Layout(
+        tuple(
+            LayerInfo(f"l{at}", at, 4, 4, 16, window=64, cohort="sliding" if at < 4 else "global") for at in range(16)
+        )
+    )
+    values = noise(80, layout=layout)
+    part = layout.slices["key_norm"]
+    values[60:, part.start : part.start + 16] += 0.3
+    assert not alarms(run(values[:66], layout=layout)[1])
+
+
+def test_key_leverage_is_not_judged_where_it_is_constant():
+    layout = Layout((LayerInfo("wide", 0, 4, 4, 64, window=64),))
+    detector = DriftDetector(layout, MonitorConfig())
+    assert not detector.judged[layout.slices["key_leverage"]].any()
+    assert detector.judged[layout.slices["key_norm"]].all()
+
+
+def test_vectorised_is_the_same_as_head_by_head():
+    """Small cohorts judge each head alone, so each head on its own must give the same deviations."""
+    layouts = [Layout((LayerInfo(f"l{at}", 0, 1, 1, 16, window=64, cohort=str(at)),)) for at in range(3)]
+    together = Layout(tuple(LayerInfo(f"l{at}", at, 1, 1, 16, window=64, cohort=str(at)) for at in range(3)))
+    values = noise(70, layout=together)
+    _, verdicts = run(values, layout=together)
+    for at, layout in enumerate(layouts):
+        streams = np.flatnonzero(together.stream_layer == at)
+        _, alone = run(values[:, streams], layout=layout)
+        for left, right in zip(verdicts, alone, strict=True):
+            np.testing.assert_allclose(left.deviation[streams], right.deviation, rtol=1e-12)
+
+
+@pytest.mark.parametrize("cut", [10, 30, 61, 75])
+def test_state_survives_a_round_trip_exactly(cut):
+    values = noise(100)
+    values[60:, KEY_NORM.start + 5] += 0.5
+    _, whole = run(values)
+    first, _ = run(values[:cut])
+    second = DriftDetector(LAYOUT, MonitorConfig())
+    second.load_state_dict(first.state_dict())
+    _, rest = run(values[cut:], second, start=cut)
+    for left, right in zip(whole[cut:], rest, strict=True):
+        for name in ("expected", "deviation", "alarm", "since", "armed", "model_deviation", "model_alarm"):
+            np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
+
+
+def test_a_layer_that_appears_later_leaves_the_others_as_they_were():
+    values = noise(80)
+    detector, _ = run(values[:50])
+    wider = Layout((*LAYOUT.layers, LayerInfo("late", 3, 4, 4, 16, window=64)))
+    detector.grow(wider)
+    positions = wider.positions_in(LAYOUT)
+    widened = np.where(positions >= 0, values[:, positions], 1.0)
+    widened[60:, wider.slices["key_norm"].start + 5] += 0.5
+    _, verdicts = run(widened[50:], detector, start=50)
+    assert alarms(verdicts)[0] == (11, wider.slices["key_norm"].start + 5)
+
+
+def test_state_is_under_one_kilobyte_a_stream():
+    detector = DriftDetector(LAYOUT, MonitorConfig())
+    size = sum(
+        value.numel() * value.element_size() for part in detector.state_dict().values() for value in part.values()
+    )
+    assert size / LAYOUT.size < 1000

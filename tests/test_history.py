@@ -1,0 +1,155 @@
+"""The record on disk: whole after a crash, readable while written, newest attempt first."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from incoherence_monitor import Alert, History
+from incoherence_monitor.errors import HistoryError, SettingError
+from incoherence_monitor.history import HistoryWriter
+from incoherence_monitor.records import LayerInfo, Layout
+
+LAYOUT = Layout((LayerInfo("first", 0, 4, 2, 16, window=64), LayerInfo("second", 1, 2, 2, 8, window=64)))
+ALERT = Alert(3, 2, "first", 0, "key", 1, "key_norm", 2.0, 1.0, 6.5, "warning", "told <once> & \u2603")
+
+
+def sample(step, layout=LAYOUT):
+    return np.arange(layout.size, dtype=np.float32) + 1000 * step
+
+
+def write(folder, steps, *, layout=LAYOUT, alerts=None, shift=0.0, close=True):
+    writer = HistoryWriter(folder, {"every": 10})
+    for step in steps:
+        writer.append(
+            layout, step=step, values=sample(step, layout) + np.float32(shift), alerts=(alerts or {}).get(step, [])
+        )
+    if close:
+        writer.close()
+    return writer
+
+
+def test_reads_back_what_was_written(tmp_path):
+    write(tmp_path, [0, 3, 6], alerts={3: [ALERT]})
+    history = History.open(tmp_path)
+    assert history.steps.tolist() == [0, 3, 6]
+    assert len(history) == 3
+    assert "key_incoherence" in history.statistics
+    assert history.heads("key_norm") == [("first", 0), ("first", 1), ("second", 0), ("second", 1)]
+    assert len(history.heads("energy_scale")) == 6
+    values = history.values("key_norm")
+    assert values.dtype == np.float32
+    assert values.shape == (3, 4)
+    assert values[1].tolist() == sample(3)[LAYOUT.slices["key_norm"]].tolist()
+    assert history.alerts == [ALERT]
+    assert history.settings == {"every": 10}
+    assert "3 samples, steps 0 to 6" in repr(history)
+
+
+@pytest.mark.parametrize("below", ["", "incoherence", "incoherence/history"])
+def test_opens_the_monitors_the_trainers_and_the_history_folder(tmp_path, below):
+    write(tmp_path / "incoherence", [0])
+    assert len(History.open(tmp_path / below)) == 1
+
+
+def test_readable_while_it_is_written(tmp_path):
+    writer = write(tmp_path, [0, 1], close=False)
+    assert History.open(tmp_path).steps.tolist() == [0, 1]
+    writer.append(LAYOUT, step=2, values=sample(2), alerts=[])
+    assert History.open(str(tmp_path)).steps.tolist() == [0, 1, 2]
+    writer.close()
+
+
+def test_at_most_the_sample_being_written_is_lost(tmp_path):
+    write(tmp_path, range(4), close=False)
+    file = next((tmp_path / "history").glob("*.arrow"))
+    whole = file.read_bytes()
+    for cut in range(len(whole) - 1, 0, -97):
+        file.write_bytes(whole[:cut])
+        try:
+            found = History.open(tmp_path).steps.tolist()
+        except HistoryError:
+            found = []
+        assert found == list(range(len(found)))
+        if cut > len(whole) - 100:
+            assert len(found) == 3
+
+
+def _die_while_writing(folder):
+    write(folder, range(5), close=False)
+    os._exit(9)
+
+
+def test_survives_a_process_that_dies(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=_die_while_writing, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    assert History.open(tmp_path).steps.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_newest_attempts_value_counts(tmp_path):
+    write(tmp_path, [0, 10, 20, 30], alerts={20: [ALERT]})
+    write(tmp_path, [20, 30, 40], shift=0.5)
+    history = History.open(tmp_path)
+    assert history.steps.tolist() == [0, 10, 20, 30, 40]
+    assert (history.values("key_norm")[:, 0] % 1).tolist() == [0, 0, 0.5, 0.5, 0.5]
+    assert history.alerts == []
+    assert len(list((tmp_path / "history").glob("*.arrow"))) == 2
+
+
+def test_a_layer_that_appears_later_is_missing_before(tmp_path):
+    write(tmp_path, [0])
+    write(tmp_path, [1], layout=Layout((*LAYOUT.layers, LayerInfo("late", 2, 1, 1, 8))))
+    history = History.open(tmp_path)
+    assert history.heads("key_norm")[-1] == ("late", 0)
+    assert np.isnan(history.values("key_norm")[:, -1]).tolist() == [True, False]
+    assert np.isfinite(history.values("key_norm")[:, :-1]).all()
+
+
+def test_to_pandas_has_a_row_for_every_number(tmp_path):
+    pytest.importorskip("pandas")
+    write(tmp_path, [0, 5])
+    frame = History.open(tmp_path).to_pandas()
+    assert list(frame.columns) == ["step", "statistic", "layer", "head", "value"]
+    assert len(frame) == 2 * LAYOUT.size
+    row = frame[(frame.step == 5) & (frame.statistic == "key_norm") & (frame.layer == "second") & (frame["head"] == 1)]
+    assert row.value.tolist() == [History.open(tmp_path).values("key_norm")[1, 3]]
+
+
+def test_an_unknown_statistic_is_named(tmp_path):
+    write(tmp_path, [0])
+    with pytest.raises(SettingError, match="no statistic 'entropy'"):
+        History.open(tmp_path).values("entropy")
+
+
+def test_a_folder_without_history_is_named(tmp_path):
+    with pytest.raises(HistoryError, match="no incoherence history in"):
+        History.open(tmp_path)
+
+
+def test_an_empty_history_is_named(tmp_path):
+    (tmp_path / "history").mkdir()
+    (tmp_path / "history" / "000000.arrow").touch()
+    with pytest.raises(HistoryError, match="no sample yet"):
+        History.open(tmp_path)
+
+
+def test_a_newer_format_is_named(tmp_path):
+    (tmp_path / "history").mkdir()
+    schema = pa.schema([("step", pa.int64())], metadata={"incoherence_monitor": json.dumps({"format": 99})})
+    with pa.OSFile(str(tmp_path / "history" / "000000.arrow"), "wb") as file, pa.ipc.new_stream(file, schema):
+        pass
+    with pytest.raises(HistoryError, match="format 99"):
+        History.open(tmp_path)
+
+
+def test_an_unwritable_directory_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SettingError, match="cannot be written to"):
+        HistoryWriter(tmp_path / "file" / "below", {})

@@ -1,0 +1,136 @@
+"""The estimator's windows: length, number, make-up and place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from incoherence_monitor import MonitorConfig
+from incoherence_monitor.windows import WindowPlan, choose_window, extend_plan, rank_share, select_windows
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "window"),
+    [
+        ([1024, 1024], 256),
+        ([256, 255], 256),
+        ([255, 255, 300], 128),
+        ([100, 20, 70], 64),
+        ([40], 32),
+        ([5, 5], 32),
+    ],
+)
+def test_the_largest_window_that_most_sequences_fill(lengths, window):
+    assert choose_window(MonitorConfig(), torch.tensor(lengths)) == window
+
+
+def test_a_window_set_by_the_user_is_kept():
+    assert choose_window(MonitorConfig(window=100), torch.tensor([50])) == 100
+
+
+@pytest.mark.parametrize("windows", [1, 7, 8, 100])
+@pytest.mark.parametrize("world", [1, 2, 3, 8, 16])
+def test_ranks_share_the_windows_of_a_sample(windows, world):
+    config = MonitorConfig(windows_per_sample=windows)
+    shares = [rank_share(config, rank=rank, world_size=world) for rank in range(world)]
+    assert sum(share[0] for share in shares) == (windows + 1) // 2
+    assert sum(map(sum, shares)) == windows
+    assert max(map(sum, shares)) - min(map(sum, shares)) <= 1
+
+
+@settings(deadline=None)
+@given(st.integers(1, 16), st.integers(1, 6), st.integers(32, 500), st.integers(1, 20))
+def test_the_plan_takes_no_more_than_its_share_and_what_a_batch_holds(batch, micro_batches, length, windows):
+    config = MonitorConfig(windows_per_sample=windows)
+    share = rank_share(config, rank=0, world_size=1)
+    plan = WindowPlan(32)
+    for _ in range(micro_batches + 2):
+        plan = extend_plan(plan, batch=batch, length=length, share=share, micro_batches=micro_batches)
+    assert sum(map(sum, plan.parts)) <= windows
+    for starts, offsets in plan.parts:
+        assert 0 <= starts <= batch
+        assert 0 <= starts + offsets <= batch * (length // 32)
+    if batch * micro_batches >= windows:
+        assert sum(map(sum, plan.parts)) == windows
+        assert sum(part[0] for part in plan.parts) == (windows + 1) // 2
+
+
+def test_windows_are_spread_over_the_micro_batches():
+    plan = WindowPlan(32)
+    for _ in range(4):
+        plan = extend_plan(plan, batch=4, length=64, share=(4, 4), micro_batches=4)
+    assert plan.parts == ((1, 1),) * 4
+    assert plan.part(7) == (0, 0)
+
+
+def choose(*, batch, length, window=32, part=(4, 4), valid=None, seed=(0, 1)):
+    return select_windows(
+        batch=batch, length=length, window=window, part=part, valid=valid, device=CPU, seed=seed
+    )  # fmt: skip
+
+
+@settings(deadline=None)
+@given(st.integers(1, 9), st.integers(1, 300), st.integers(0, 5), st.integers(0, 5), st.integers(0, 99))
+def test_windows_lie_inside_their_sequences(batch, length, starts, offsets, seed):
+    chosen = choose(batch=batch, length=length, part=(starts, offsets), seed=(seed,))
+    if length < 32 or starts + offsets == 0:
+        assert chosen is None
+        return
+    assert chosen.positions.shape == (starts + offsets, 32)
+    assert chosen.positions.min() >= 0
+    assert chosen.positions.max() < length
+    assert (chosen.positions.diff(dim=1) == 1).all()
+    assert (chosen.positions[:starts, 0] == 0).all()
+    assert chosen.rows.max() < batch
+    assert chosen.keep is None
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 90), st.booleans()), min_size=1, max_size=6), st.integers(0, 99))
+def test_windows_of_padded_sequences_hold_valid_tokens_alone(rows, seed):
+    valid = torch.zeros(len(rows), 90, dtype=torch.bool)
+    for at, (length, left) in enumerate(rows):
+        valid[at, slice(90 - length, None) if left else slice(None, length)] = True
+    chosen = choose(batch=len(rows), length=90, valid=valid, seed=(seed,))
+    fits = {at for at, (length, _) in enumerate(rows) if length >= 32}
+    assert chosen.keep.all() == bool(fits)
+    assert chosen.keep.any() == bool(fits)
+    for row, positions in zip(chosen.rows[chosen.keep].tolist(), chosen.positions[chosen.keep], strict=True):
+        assert row in fits
+        assert valid[row, positions].all()
+    for row, positions in zip(chosen.rows[:4].tolist(), chosen.positions[:4], strict=True):
+        if row in fits:
+            assert positions[0] == valid[row].long().argmax()
+
+
+def test_a_hole_in_a_sequence_is_not_straddled():
+    valid = torch.ones(1, 64, dtype=torch.bool)
+    valid[0, 20] = False
+    assert not choose(batch=1, length=64, part=(1, 0), valid=valid).keep.any()
+
+
+def test_gathered_windows_are_slices_of_the_batch():
+    heads = torch.randn(3, 2, 100, 5)
+    chosen = choose(batch=3, length=100)
+    for at, window in enumerate(chosen.take(heads)):
+        first = int(chosen.positions[at, 0])
+        assert torch.equal(window, heads[chosen.rows[at], :, first : first + 32])
+
+
+def test_draws_depend_on_the_seed_alone():
+    torch.manual_seed(1)
+    first = choose(batch=5, length=300, seed=(0, 40, 0, 0))
+    torch.manual_seed(2)
+    again = choose(batch=5, length=300, seed=(0, 40, 0, 0))
+    other = choose(batch=5, length=300, seed=(0, 50, 0, 0))
+    assert torch.equal(first.positions, again.positions)
+    assert not torch.equal(first.positions, other.positions)
+
+
+def test_all_windows_start_at_zero_where_sequences_are_one_window_long():
+    assert (choose(batch=8, length=32).positions[:, 0] == 0).all()
+    assert sorted(choose(batch=8, length=32).rows.tolist()) == list(range(8))
