@@ -29,7 +29,7 @@ from .records import BoolArray, FloatArray, IntArray, Layout, Verdict
 from .stats import STATISTICS
 
 SAMPLES_IN_A_ROW = 2
-SMALL_COHORT = 4
+SMALL_COHORT = 8
 """Below this many heads there is no cohort to compare with: a head is judged by its own past alone."""
 SMALL_COHORT_FACTOR = 2.5
 """Own-history rules need thresholds of 9 to 17 (DETECTION.md), since all heads move together early in training."""

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 
 from . import distributed
 from .capture import AttentionInput, CallCounter
-from .capture.hf import HuggingFaceCapture
 from .config import MonitorConfig, check_every
 from .coverage import Coverage
 from .dashboard import Dashboard
-from .errors import ModelError, SettingError
+from .errors import SettingError
 from .judge import Judge
 from .ops import check_shapes
 from .pipeline import Pipeline
-from .records import Alert, LayerInfo
+from .records import Alert
 from .reporting import Reporter
 from .sampling import WindowSampler
 from .state import STATE_FORMAT, changed_settings, check_state, fingerprint
 from .trackers import CompositeTracker, Tracker, as_tracker
+from .watching import attach, coverage, describe_layer
 
 if TYPE_CHECKING:
     from .history import History
@@ -89,7 +89,7 @@ class IncoherenceMonitor:
         self.output_dir = None if output_dir is None else Path(output_dir)
         self._reporter = Reporter()
         rank, self._world_size = distributed.rank_and_world()
-        self._capture = None if model is None else self._attach(model)
+        self._capture = None if model is None else attach(model, self.config, self._receive, self._reporter)
         self._observed: dict[str, CallCounter] = {}
         self._sampler = WindowSampler(self.config, rank=rank, world_size=self._world_size)
         self._sampler.micro_batches = micro_batches
@@ -115,33 +115,6 @@ class IncoherenceMonitor:
             world_size=self._world_size,
             on_alert=on_alert,
         )
-
-    def _attach(self, model: nn.Module) -> HuggingFaceCapture:
-        if not isinstance(model, nn.Module):
-            raise SettingError(f"model must be a torch.nn.Module or None; got {type(model).__name__}.")
-        capture = HuggingFaceCapture(
-            model,
-            self._receive,
-            include=self.config.include,
-            exclude=self.config.exclude,
-            on_error=self._reporter.failed,
-        )
-        if not capture.taps:
-            if capture.excluded:
-                found = f"{len(capture.excluded)} attention layers, all left out by include and exclude"
-            elif capture.unreachable:
-                name, why = next(iter(capture.unreachable.items()))
-                found = f"{len(capture.unreachable)} out of reach, the first being {name}: {why}"
-            else:
-                found = "no attention at all"
-            raise ModelError(
-                f"{type(model).__name__} has no attention layer that can be watched ({found}). Watched are layers "
-                "that ask transformers (>= 5.1) for their attention function; for others leave out the model and "
-                "call monitor.observe(name, query, key) in the attention code."
-            )
-        for name, why in capture.unreachable.items():
-            self._reporter.notice(f"out of reach: {name}", f"{name} is not watched: {why}")
-        return capture
 
     def step(self, step: int) -> AbstractContextManager[None]:
         """Wrap a training step: forward and backward, of all its micro-batches.
@@ -221,19 +194,9 @@ class IncoherenceMonitor:
         self._reporter.guard(f"observing {name}", show)
 
     def _receive(self, given: AttentionInput) -> None:
-        self._pipeline.clock.measure(lambda: self._sampler.receive(given, self._describe))
-
-    def _describe(self, given: AttentionInput) -> LayerInfo:
-        taps = self._capture.taps if self._capture is not None else []
-        index = next((at for at, tap in enumerate(taps) if tap.name == given.layer), None)
-        cohort = "global"
-        if index is None:
-            known = [layer.index for layer in self._sampler.layers.values() if layer.index >= len(taps)]
-            index = max(known, default=len(taps) - 1) + 1
-        elif getattr(taps[index].module, "sliding_window", None):
-            cohort = "sliding"
-        _, query_heads, _, dim = given.query.shape
-        return LayerInfo(given.layer, index, query_heads, given.key.shape[1], dim, cohort=cohort)
+        self._pipeline.clock.measure(
+            lambda: self._sampler.receive(given, lambda given: describe_layer(given, self._capture, self._sampler))
+        )
 
     def _seal(self) -> None:
         step, self._open_step = self._open_step, None
@@ -297,21 +260,7 @@ class IncoherenceMonitor:
 
     def coverage(self) -> Coverage:
         """Which layers are watched, which are not and why, what was skipped, and what failed; each with its count."""
-        capture = self._capture
-        watched = [tap.name for tap in capture.taps] if capture is not None else []
-        watched += [name for name in self._sampler.layers if name not in watched]
-        skipped = dict(self._sampler.skipped)
-        out_of_reach: dict[str, str] = {}
-        if capture is not None:
-            skipped |= {f"calls: {reason}": count for reason, count in capture.skipped.items()}
-            out_of_reach = dict(capture.unreachable)
-            out_of_reach |= dict.fromkeys(capture.excluded, "left out by include and exclude")
-        seen = [name for name in watched if sum(map(sum, self._plan_parts(name)))]
-        return Coverage(tuple(watched), tuple(seen), out_of_reach, skipped, dict(self._reporter.counts))
-
-    def _plan_parts(self, name: str) -> tuple[tuple[int, int], ...]:
-        plan = self._sampler.plans.get(name)
-        return plan.parts if plan is not None else ()
+        return coverage(self._capture, self._sampler, self._reporter)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything later judgements depend on: tensors and plain values, fit for `torch.save`. Flushes first."""

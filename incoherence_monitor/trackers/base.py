@@ -164,10 +164,11 @@ def as_tracker(given: Any, *, directory: Path | None) -> Tracker:
 
             return WandbTracker()
         raise SettingError(f"There is no tracker named {given!r}; known names are 'tensorboard' and 'wandb'.")
-    if isinstance(given, Tracker) and not isinstance(given, type):
-        return given
-    if callable(getattr(given, "log", None)):
-        return ForeignTracker(given)
+    if not isinstance(given, type):
+        if isinstance(given, Tracker):
+            return given
+        if callable(getattr(given, "log", None)):
+            return ForeignTracker(given)
     raise SettingError(
         f"{given!r} is no tracker: give 'tensorboard', 'wandb', or an object with log(values, step=...)."
     )

@@ -1,0 +1,83 @@
+"""Attaching to a model, and saying what is watched and what is not.
+
+Layer 4: imports capture, config, coverage, errors, records, reporting, sampling.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .capture import AttentionInput, Receiver
+from .capture.hf import HuggingFaceCapture
+from .config import MonitorConfig
+from .coverage import Coverage
+from .errors import ModelError, SettingError
+from .records import LayerInfo
+from .reporting import Reporter
+from .sampling import WindowSampler
+
+
+def attach(model: nn.Module, config: MonitorConfig, receiver: Receiver, reporter: Reporter) -> HuggingFaceCapture:
+    """Find a model's attention layers and make ready to watch them.
+
+    Args:
+        model: the model, possibly wrapped.
+        config: which layers to include and exclude.
+        receiver: called with every counted attention input.
+        reporter: where failures go, and the layers that are out of reach.
+
+    Returns:
+        The capture, not armed.
+
+    Raises:
+        SettingError: if the model is no module.
+        ModelError: if it holds no attention layer that can be watched.
+    """
+    if not isinstance(model, nn.Module):
+        raise SettingError(f"model must be a torch.nn.Module or None; got {type(model).__name__}.")
+    capture = HuggingFaceCapture(
+        model, receiver, include=config.include, exclude=config.exclude, on_error=reporter.failed
+    )
+    if not capture.taps:
+        if capture.excluded:
+            found = f"{len(capture.excluded)} attention layers, all left out by include and exclude"
+        elif capture.unreachable:
+            name, why = next(iter(capture.unreachable.items()))
+            found = f"{len(capture.unreachable)} out of reach, the first being {name}: {why}"
+        else:
+            found = "no attention at all"
+        raise ModelError(
+            f"{type(model).__name__} has no attention layer that can be watched ({found}). Watched are layers that "
+            "ask transformers (>= 5.1) for their attention function; for others leave out the model and call "
+            "monitor.observe(name, query, key) in the attention code."
+        )
+    for name, why in capture.unreachable.items():
+        reporter.notice(f"out of reach: {name}", f"{name} is not watched: {why}")
+    return capture
+
+
+def describe_layer(given: AttentionInput, capture: HuggingFaceCapture | None, sampler: WindowSampler) -> LayerInfo:
+    """Describe a layer that is seen for the first time; observed layers come after those of the model."""
+    taps = capture.taps if capture is not None else []
+    index = next((at for at, tap in enumerate(taps) if tap.name == given.layer), None)
+    cohort = "global"
+    if index is None:
+        known = [layer.index for layer in sampler.layers.values() if layer.index >= len(taps)]
+        index = max(known, default=len(taps) - 1) + 1
+    elif getattr(taps[index].module, "sliding_window", None):
+        cohort = "sliding"
+    _, query_heads, _, dim = given.query.shape
+    return LayerInfo(given.layer, index, query_heads, given.key.shape[1], dim, cohort=cohort)
+
+
+def coverage(capture: HuggingFaceCapture | None, sampler: WindowSampler, reporter: Reporter) -> Coverage:
+    """Say which layers are watched, which are not and why, what was skipped, and what failed."""
+    watched = [tap.name for tap in capture.taps] if capture is not None else []
+    watched += [name for name in sampler.layers if name not in watched]
+    skipped = dict(sampler.skipped)
+    out_of_reach: dict[str, str] = {}
+    if capture is not None:
+        skipped |= {f"calls: {reason}": count for reason, count in capture.skipped.items()}
+        out_of_reach = dict(capture.unreachable) | dict.fromkeys(capture.excluded, "left out by include and exclude")
+    seen = [name for name in watched if name in sampler.plans and sum(map(sum, sampler.plans[name].parts))]
+    return Coverage(tuple(watched), tuple(seen), out_of_reach, skipped, dict(reporter.counts))

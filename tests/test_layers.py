@@ -1,0 +1,120 @@
+"""Imports go strictly down, optional packages stay in their own files, and importing is cheap."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "incoherence_monitor"
+LAYERS = [
+    {"errors", "reporting", "coverage"},
+    {"ops"},
+    {"stats", "config", "records", "messages", "baseline", "detectors", "alerts"},
+    {"windows", "capture", "sampling", "distributed", "trackers", "history", "judge", "figures"},
+    {"dashboard", "pipeline", "state", "watching", "monitor"},
+    {"integrations"},
+    {"demo", "cli", ""},
+]
+SIDEWAYS = {
+    "config": {"stats"},
+    "records": {"stats"},
+    "messages": {"records", "stats"},
+    "baseline": {"records"},
+    "detectors": {"baseline", "config", "records", "stats"},
+    "alerts": {"messages", "records", "stats"},
+    "sampling": {"windows", "capture"},
+    "distributed": {"sampling"},
+    "judge": {"sampling"},
+    "pipeline": {"dashboard"},
+    "monitor": {"pipeline", "state", "dashboard", "watching"},
+    "cli": {"demo", ""},
+}
+OPTIONAL = {
+    "transformers": {"capture/hf.py", "integrations/transformers.py", "demo.py"},
+    "accelerate": set(),
+    "wandb": {"trackers/wandb.py"},
+    "tensorboard": {"trackers/tensorboard.py"},
+    "torch.utils.tensorboard": {"trackers/tensorboard.py"},
+    "matplotlib": {"figures.py"},
+    "pandas": {"history.py"},
+    "triton": set(),
+    "scipy": set(),
+}
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "" if parts == ("__init__",) else parts[0]
+
+
+def imports(path: Path):
+    """Absolute dotted names of everything a file imports."""
+    here = ("incoherence_monitor", *path.relative_to(PACKAGE).with_suffix("").parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(here[: len(here) - node.level]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield from (f"{module}.{name.name}" for name in node.names)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    mine = room(path)
+    assert mine in RANK, f"{mine} has no layer: give it one"
+    for name in imports(path):
+        if not name.startswith("incoherence_monitor."):
+            continue
+        other = name.split(".")[1]
+        other = other if other in RANK else ""
+        allowed = other == mine or RANK[other] < RANK[mine] or other in SIDEWAYS.get(mine, set())
+        # The package's root imports what it exports; a room may ask it for the version.
+        assert allowed, f"{mine} (layer {RANK[mine]}) imports {other} (layer {RANK[other]})"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_optional_packages_stay_in_their_own_files(path):
+    relative = path.relative_to(PACKAGE).as_posix()
+    for name in imports(path):
+        for package, files in OPTIONAL.items():
+            if name == package or name.startswith(f"{package}."):
+                assert relative in files, f"{relative} imports {package}"
+
+
+def test_no_file_is_much_longer_than_300_lines():
+    long = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in FILES}
+    assert not {name: lines for name, lines in long.items() if lines > 330}
+
+
+def test_the_root_exports_what_it_says_and_at_most_ten_names():
+    import incoherence_monitor
+
+    assert len(incoherence_monitor.__all__) <= 10
+    for name in set(incoherence_monitor.__all__) - {"IncoherenceCallback"}:
+        assert getattr(incoherence_monitor, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = incoherence_monitor.nothing
+
+
+def test_importing_brings_nothing_heavy():
+    program = (
+        "import torch, sys, time; before = set(sys.modules); start = time.perf_counter();"
+        "import incoherence_monitor; print(time.perf_counter() - start);"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before};"
+        "print(sorted(new & {'transformers', 'wandb', 'tensorboard', 'matplotlib', 'pyarrow', 'pandas', 'triton'}))"
+    )
+    seconds, heavy = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split("\n")[:2]
+    assert heavy == "[]"
+    # Generous: the point is that no framework is pulled in; the figure is for the reader of a failure.
+    assert float(seconds) < 5
