@@ -1,12 +1,14 @@
 """`IncoherenceMonitor`: when to sample, when to judge, and where the results go.
 
+A little over 300 lines, since the docstrings of the public surface are here.
+
 Layer 4: imports layers 0 to 3 (and the pictures, which it only hands on).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -22,12 +24,12 @@ from .errors import SettingError
 from .judge import Judge
 from .ops import check_shapes
 from .pipeline import Pipeline
-from .records import Alert
+from .records import Alert, LayerInfo
 from .reporting import Reporter
 from .sampling import WindowSampler
 from .state import STATE_FORMAT, changed_settings, check_state, fingerprint
 from .trackers import CompositeTracker, Tracker, as_tracker
-from .watching import attach, coverage, describe_layer
+from .watching import attach, coverage, describe_layer, tell_unseen
 
 if TYPE_CHECKING:
     from .history import History
@@ -116,7 +118,8 @@ class IncoherenceMonitor:
             on_alert=on_alert,
         )
 
-    def step(self, step: int) -> AbstractContextManager[None]:
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
         """Wrap a training step: forward and backward, of all its micro-batches.
 
         Entered again with the same step, it adds to the same sample. A sample is taken when `step % every == 0`;
@@ -124,11 +127,12 @@ class IncoherenceMonitor:
 
         Args:
             step: number of the training step, the same on every rank.
-
-        Returns:
-            A context manager.
         """
-        return _Step(self, step)
+        self._enter(step)
+        try:
+            yield
+        finally:
+            self._exit()
 
     def _enter(self, step: int) -> None:
         self._pipeline.clock.begin()
@@ -194,19 +198,16 @@ class IncoherenceMonitor:
         self._reporter.guard(f"observing {name}", show)
 
     def _receive(self, given: AttentionInput) -> None:
-        self._pipeline.clock.measure(
-            lambda: self._sampler.receive(given, lambda given: describe_layer(given, self._capture, self._sampler))
-        )
+        def describe(seen: AttentionInput) -> LayerInfo:
+            return describe_layer(seen, self._capture, self._sampler)
+
+        self._pipeline.clock.measure(lambda: self._sampler.receive(given, describe))
 
     def _seal(self) -> None:
         step, self._open_step = self._open_step, None
         assert step is not None
-        if self._capture is not None and (unseen := self._capture.unseen()):
-            self._reporter.notice(
-                "layers unseen",
-                f"{len(unseen)} of {len(self._capture.taps)} attention layers should have been seen at step {step} "
-                f"and were not, the first being {unseen[0]}: {self._capture.probable_cause()}.",
-            )
+        if self._capture is not None:
+            tell_unseen(self._capture, step, self._reporter)
         self._pipeline.submit(step)
 
     def _timed(self, doing: str, call: Callable[[], None]) -> None:
@@ -270,11 +271,8 @@ class IncoherenceMonitor:
             "every": self.every,
             "config": self.config.to_dict(),
             "model": fingerprint(self._capture),
-            "samples": self.samples,
             "last_step": self._last_step,
-            "alerts": [alert.to_dict() for alert in self.alerts],
-            "sampler": self._sampler.state_dict(),
-            "judge": self._pipeline.judge.state_dict(),
+            **self._pipeline.state_dict(),
         }
 
     def checkpoint_state(self) -> dict[str, Any]:
@@ -309,13 +307,11 @@ class IncoherenceMonitor:
             self._reporter.notice(
                 "every changed", f"samples were {state['every']} steps apart before and are {self.every} apart now"
             )
-        self._last_step, self._pipeline.samples = state["last_step"], state["samples"]
-        self._pipeline.alerts[:] = [Alert.from_dict(alert) for alert in state["alerts"]]
-        if changed := changed_settings(state, self.config):
+        self._last_step = state["last_step"]
+        changed = changed_settings(state, self.config)
+        if changed:
             self._reporter.notice("settings changed", f"{', '.join(changed)} changed; the baseline starts anew")
-            return
-        self._sampler.load_state_dict(state["sampler"])
-        self._pipeline.judge.load_state_dict(state["judge"])
+        self._pipeline.load_state_dict(state, baselines=not changed)
 
     def close(self) -> None:
         """Judge what is in flight, write the last picture and summary, and let go of model, threads and files."""
@@ -335,19 +331,3 @@ class IncoherenceMonitor:
     ) -> None:
         """Close."""
         self.close()
-
-
-class _Step(AbstractContextManager[None]):
-    """One entry of `IncoherenceMonitor.step`."""
-
-    def __init__(self, monitor: IncoherenceMonitor, step: int) -> None:
-        self._monitor = monitor
-        self._step = step
-
-    def __enter__(self) -> None:
-        self._monitor._enter(self._step)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._monitor._exit()

@@ -9,8 +9,9 @@ Layer 4: imports judge, dashboard, distributed, sampling.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from . import distributed
 from .dashboard import Dashboard, sample_metrics
@@ -153,6 +154,23 @@ class Pipeline:
         """Judge what waits and hand on the picture in flight."""
         self.clock.measure(lambda: self._reporter.guard("judging a sample", self.take_up))
         self._dashboard.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has come out so far and everything later judgements depend on, as plain values and tensors."""
+        return {
+            "samples": self.samples,
+            "alerts": [alert.to_dict() for alert in self.alerts],
+            "sampler": self._sampler.state_dict(),
+            "judge": self.judge.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, baselines: bool) -> None:
+        """Restore what `state_dict` returned; without `baselines` the judge starts anew."""
+        self.samples = state["samples"]
+        self.alerts[:] = [Alert.from_dict(alert) for alert in state["alerts"]]
+        if baselines:
+            self._sampler.load_state_dict(state["sampler"])
+            self.judge.load_state_dict(state["judge"])
 
     def close(self) -> None:
         """Write the last picture and the summary; let go of the worker and of files."""

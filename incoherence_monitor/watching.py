@@ -70,6 +70,16 @@ def describe_layer(given: AttentionInput, capture: HuggingFaceCapture | None, sa
     return LayerInfo(given.layer, index, query_heads, given.key.shape[1], dim, cohort=cohort)
 
 
+def tell_unseen(capture: HuggingFaceCapture, step: int, reporter: Reporter) -> None:
+    """Tell once of layers that an armed step should have shown and did not, with the probable cause."""
+    if unseen := capture.unseen():
+        reporter.notice(
+            "layers unseen",
+            f"{len(unseen)} of {len(capture.taps)} attention layers should have been seen at step {step} and were "
+            f"not, the first being {unseen[0]}: {capture.probable_cause()}.",
+        )
+
+
 def coverage(capture: HuggingFaceCapture | None, sampler: WindowSampler, reporter: Reporter) -> Coverage:
     """Say which layers are watched, which are not and why, what was skipped, and what failed."""
     watched = [tap.name for tap in capture.taps] if capture is not None else []
@@ -79,5 +89,5 @@ def coverage(capture: HuggingFaceCapture | None, sampler: WindowSampler, reporte
     if capture is not None:
         skipped |= {f"calls: {reason}": count for reason, count in capture.skipped.items()}
         out_of_reach = dict(capture.unreachable) | dict.fromkeys(capture.excluded, "left out by include and exclude")
-    seen = [name for name in watched if name in sampler.plans and sum(map(sum, sampler.plans[name].parts))]
+    seen = [name for name in watched if name in sampler.plans and any(sum(part) for part in sampler.plans[name].parts)]
     return Coverage(tuple(watched), tuple(seen), out_of_reach, skipped, dict(reporter.counts))
