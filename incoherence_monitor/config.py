@@ -85,18 +85,20 @@ class MonitorConfig:
         return cls(**values)
 
 
-def check_every(every: int) -> int:
-    """Check a sampling interval.
+def check_count(name: str, value: int, *, of: str) -> int:
+    """Check a setting that counts something.
 
     Args:
-        every: training steps between samples.
+        name: the setting.
+        value: its value.
+        of: what it counts, for the message.
 
     Returns:
-        The same number.
+        The value.
 
     Raises:
         SettingError: if it is not a whole number of at least 1.
     """
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise SettingError(f"every must be a whole number of training steps of at least 1; got {every!r}.")
-    return every
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SettingError(f"{name} must be a whole number of {of} of at least 1; got {value!r}.")
+    return value

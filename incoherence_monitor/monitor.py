@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .capture import AttentionInput, CallCounter
-from .config import MonitorConfig, check_every
+from .config import MonitorConfig, check_count
 from .coverage import Coverage
 from .dashboard import Dashboard
 from .errors import SettingError
@@ -82,36 +82,32 @@ class IncoherenceMonitor:
             ModelError: if the model holds no attention layer that can be watched.
             MissingDependencyError: if a tracker's package is not installed.
         """
-        self.every = check_every(every)
+        self.every = check_count("every", every, of="training steps")
         self.config = config if config is not None else MonitorConfig()
         if not isinstance(self.config, MonitorConfig):
             raise SettingError(f"config must be a MonitorConfig; got {config!r}.")
-        if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
-            raise SettingError(f"micro_batches must be a whole number of at least 1; got {micro_batches!r}.")
         self.output_dir = None if output_dir is None else Path(output_dir)
         self._reporter = Reporter()
         rank, self._world_size = distributed.rank_and_world()
         self._capture = None if model is None else attach(model, self.config, self._receive, self._reporter)
         self._observed: dict[str, CallCounter] = {}
-        self._sampler = WindowSampler(self.config, rank=rank, world_size=self._world_size)
-        self._sampler.micro_batches = micro_batches
+        self._sampler = WindowSampler(self.config, rank=rank, world_size=self._world_size, micro_batches=micro_batches)
         self._open_step: int | None = None
         self._last_step = -1
         self._armed = False
         self._closed = False
         given = [as_tracker(tracker, directory=self.output_dir) for tracker in trackers] if rank == 0 else []
-        dashboard = Dashboard(
+        self._dashboard = Dashboard(
             CompositeTracker(given, self._reporter.guard),
             self._reporter,
             directory=self.output_dir if rank == 0 else None,
             settings={"every": self.every, **self.config.to_dict()},
             keep_in_memory=SAMPLES_IN_MEMORY,
         )
-        self._dashboard = dashboard
         self._pipeline = Pipeline(
             self._sampler,
             Judge(self.config),
-            dashboard,
+            self._dashboard,
             self._reporter,
             rank=rank,
             world_size=self._world_size,
@@ -323,7 +319,7 @@ class IncoherenceMonitor:
         self._pipeline.close()
 
     def __enter__(self) -> IncoherenceMonitor:
-        """Return the monitor itself, to be closed at the end of the block."""
+        """The monitor itself, closed at the end of the block."""
         return self
 
     def __exit__(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .capture import AttentionInput
-from .config import MonitorConfig
+from .config import MonitorConfig, check_count
 from .ops import check_shapes, smooth_statistics, spectral_statistics
 from .records import FloatArray, LayerInfo, Layout
 from .stats import STATISTICS
@@ -68,18 +68,22 @@ class SampleSums:
 class WindowSampler:
     """Takes the windows of each layer; holds the plans, which are fixed with the first sample."""
 
-    def __init__(self, config: MonitorConfig, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, config: MonitorConfig, *, rank: int = 0, world_size: int = 1, micro_batches: int = 1) -> None:
         """Start without plans.
 
         Args:
             config: window length and number.
             rank: this process among those that share a sample.
             world_size: number of those processes.
+            micro_batches: forwards of one step, at least 1.
+
+        Raises:
+            SettingError: if `micro_batches` is out of range.
         """
         self.config = config
         self.rank = rank
         self.share = rank_share(config, rank=rank, world_size=world_size)
-        self.micro_batches = 1
+        self.micro_batches = check_count("micro_batches", micro_batches, of="forwards a step")
         self.plans: dict[str, WindowPlan] = {}
         self.fixed: set[str] = set()
         self.layers: dict[str, LayerInfo] = {}

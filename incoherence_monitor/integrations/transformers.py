@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import MonitorConfig, check_every
+from ..config import MonitorConfig, check_count
 from ..errors import MissingDependencyError, SettingError
 from ..monitor import IncoherenceMonitor
 from ..records import Alert
@@ -72,7 +72,7 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             SettingError: if a setting is out of range.
         """
         if every != "auto":
-            check_every(every)
+            check_count("every", every, of="training steps")
         if isinstance(trackers, str) and trackers != "auto":
             raise SettingError(f"trackers must be 'auto' or a sequence of trackers; got {trackers!r}.")
         if config is not None and not isinstance(config, (MonitorConfig, Mapping)):
