@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "incoherence_monitor"
+import incoherence_monitor
+
+PACKAGE = Path(incoherence_monitor.__file__).parent
 LAYERS = [
     {"errors", "reporting", "coverage"},
     {"ops"},
@@ -96,8 +98,6 @@ def test_no_file_is_much_longer_than_300_lines():
 
 
 def test_the_root_exports_what_it_says_and_at_most_ten_names():
-    import incoherence_monitor
-
     assert len(incoherence_monitor.__all__) <= 10
     for name in set(incoherence_monitor.__all__) - {"IncoherenceCallback"}:
         assert getattr(incoherence_monitor, name) is not None

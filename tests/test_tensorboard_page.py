@@ -1,0 +1,101 @@
+"""The TensorBoard page of the demo's log, opened in a headless browser: scalars, the map, the alert's text."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+INSIDE_SHADOWS = """
+const text = [], images = [];
+(function walk(node) {
+  if (node.nodeType === Node.TEXT_NODE) text.push(node.textContent);
+  if (node.tagName === 'IMG' && node.naturalWidth) images.push(node.naturalWidth);
+  if (node.shadowRoot) walk(node.shadowRoot);
+  for (const child of node.childNodes) walk(child);
+})(document.body);
+return [text.join(' '), images];
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A browser on a TensorBoard that serves the demo's log."""
+    for package in ("tensorboard", "transformers", "matplotlib"):
+        pytest.importorskip(package)
+    selenium = pytest.importorskip("selenium.webdriver")
+    driver_path = shutil.which("chromedriver")
+    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
+    if driver_path is None or browser_path is None:
+        pytest.skip("no Chromium with its driver")
+    folder = tmp_path_factory.mktemp("page")
+    subprocess.run([sys.executable, "-m", "incoherence_monitor.cli", "demo", "-o", str(folder / "demo")], check=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder / "demo" / "tensorboard"),
+         "--host", "127.0.0.1", "--port", str(port), "--load_fast=false"],
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{port}/"
+    for _ in range(120):
+        try:
+            urllib.request.urlopen(address + "data/environment", timeout=2).read()
+            break
+        except OSError:
+            time.sleep(0.5)
+    options = selenium.ChromeOptions()
+    options.binary_location = browser_path
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+                 "--disable-component-update", "--disable-sync", "--window-size=1500,1400"):  # fmt: skip
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "SEVERE"})
+    driver = selenium.Chrome(options=options, service=selenium.ChromeService(driver_path))
+    yield driver, address
+    driver.quit()
+    server.terminate()
+    server.wait()
+
+
+def wait_for(driver, address, words, images=0):
+    driver.get(address)
+    for _ in range(60):
+        text, found = driver.execute_script(INSIDE_SHADOWS)
+        if all(word in text for word in words) and len(found) >= images:
+            break
+        time.sleep(0.5)
+    if "SCREENSHOTS" in os.environ:
+        name = address.split("#")[1]
+        driver.save_screenshot(str(Path(os.environ["SCREENSHOTS"]) / f"{name}.png"))
+    for word in words:
+        assert word in text
+    return found
+
+
+def test_the_page_shows_scalars(page):
+    driver, address = page
+    wait_for(
+        driver,
+        address + "?tagFilter=key_incoherence%2Fmedian#timeseries",
+        ["incoherence/key_incoherence", "/median", "239"],
+    )
+
+
+def test_the_page_shows_the_map(page):
+    driver, address = page
+    assert max(wait_for(driver, address + "#images", ["incoherence/heads_map"], images=1)) > 1000
+
+
+def test_the_page_shows_the_alert(page):
+    driver, address = page
+    wait_for(driver, address + "#text", ["Key head 1 of layer 2", "mean key norm", "warning"])
