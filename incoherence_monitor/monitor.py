@@ -46,6 +46,7 @@ class IncoherenceMonitor:
     after the first step, and leaves gradients, weights and random generators untouched.
 
     Example:
+        >>> import torch
         >>> monitor = IncoherenceMonitor(every=1)
         >>> with monitor.step(0):
         ...     monitor.observe("layer0", torch.randn(2, 4, 64, 16), torch.randn(2, 4, 64, 16))
@@ -316,6 +317,8 @@ class IncoherenceMonitor:
         self.flush()
         self._exit()
         self._closed = True
+        if self._capture is not None:
+            self._capture.release()
         self._pipeline.close()
 
     def __enter__(self) -> IncoherenceMonitor:

@@ -14,19 +14,13 @@ from .errors import StateError
 
 STATE_FORMAT = 1
 _BASELINES_DEPEND_ON = ("window", "windows_per_sample", "statistics", "baseline_samples", "include", "exclude")
-_DECLARED = ("num_attention_heads", "num_key_value_heads", "hidden_size")
 
 Fingerprint = dict[str, list[int | None]]
 
 
 def fingerprint(capture: HuggingFaceCapture | None) -> Fingerprint:
     """The watched layers with the head counts their configuration declares; survives wrapping and sharding."""
-    result: Fingerprint = {}
-    for tap in capture.taps if capture is not None else ():
-        config = getattr(tap.module, "config", None)
-        declared = [getattr(config, name, None) for name in _DECLARED]
-        result[tap.name] = [value if isinstance(value, int) else None for value in declared]
-    return result
+    return {} if capture is None else {tap.name: tap.declared for tap in capture.taps}
 
 
 def check_state(state: Any, ours: Fingerprint) -> None:

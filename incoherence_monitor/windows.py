@@ -145,12 +145,13 @@ def select_windows(
     draw = np.random.default_rng(seed)
     rotation = int(draw.integers(batch))
     # Windows at starts take the first sequences of the rotated order, windows at offsets go on from there.
-    fraction = torch.from_numpy(np.concatenate([np.zeros(starts), draw.random(offsets)])).to(device)
+    # float32, as some devices have no float64; rounding may then reach one past the last place, hence the clamps.
+    fraction = torch.from_numpy(np.concatenate([np.zeros(starts), draw.random(offsets)])).float().to(device)
     place = torch.arange(number, device=device)
     steps = torch.arange(window, device=device)
     if valid is None:
         rows = (place + rotation) % batch
-        first = (fraction * (length - window + 1)).long()
+        first = (fraction * (length - window + 1)).long().clamp(max=length - window)
         return Selection(rows, first[:, None] + steps, None)
     count = valid.sum(dim=1)
     fits = count >= window

@@ -265,6 +265,22 @@ def test_names_are_the_same_however_the_model_is_wrapped():
     assert IncoherenceMonitor(torch.compile(plain)).coverage().watched == expected
 
 
+def test_close_lets_go_of_the_model():
+    import gc
+    import weakref
+
+    model = tiny_model("llama").train()
+    monitor = IncoherenceMonitor(model, every=1, config=CONFIG)
+    step_through(model, monitor, batches(1)[0])
+    monitor.close()
+    seen = weakref.ref(model)
+    del model
+    gc.collect()
+    assert seen() is None
+    assert len(monitor.coverage().seen) == 2
+    assert monitor.state_dict()["samples"] == 1
+
+
 def test_sequences_that_are_too_short_are_counted_and_told(caplog):
     model = tiny_model("llama").train()
     with caplog.at_level(logging.WARNING), IncoherenceMonitor(model, every=1) as monitor:

@@ -31,6 +31,7 @@ from .base import AttentionInput, CallCounter, Receiver
 from .masks import valid_tokens
 
 _SLOT = "_incoherence_slot"
+_DECLARED = ("num_attention_heads", "num_key_value_heads", "hidden_size")
 _WRAPPER_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
@@ -55,6 +56,9 @@ class _Tap:
         self.module = module
         self.number = next(_NUMBERS)
         self.slot = torch.tensor([self.number, 0])
+        config = getattr(module, "config", None)
+        declared = [getattr(config, name, None) for name in _DECLARED]
+        self.declared = [value if isinstance(value, int) else None for value in declared]
         self.counter = CallCounter()
         _SLOTS[self.number] = self
 
@@ -118,6 +122,12 @@ class HuggingFaceCapture:
         _SWITCH.armed = bool(_ARMED)
         for tap in self.taps:
             tap.module.__dict__.pop(_SLOT, None)
+
+    def release(self) -> None:
+        """Let go of the model; names and counts stay."""
+        self.disarm()
+        for tap in self.taps:
+            tap.module = nn.Module()
 
     def unseen(self) -> list[str]:
         """Layers from which nothing has been counted since `arm`."""
