@@ -5,7 +5,7 @@ Layer 2: imports errors and the table of statistics.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -49,10 +49,10 @@ class MonitorConfig:
     def __post_init__(self) -> None:
         """Validate every field and bring sequences into tuples."""
         for name in ("statistics", "include", "exclude"):
-            value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            value = as_sequence(name, getattr(self, name))
+            if not all(isinstance(item, str) for item in value):
                 raise SettingError(f"{name} must be a sequence of strings; got {value!r}.")
-            object.__setattr__(self, name, tuple(value))
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "statistics", check_names(self.statistics))
         for name, least in (("window", 2), ("windows_per_sample", 1), ("baseline_samples", 28)):
             value = getattr(self, name)
@@ -83,6 +83,24 @@ class MonitorConfig:
         if unknown:
             raise SettingError(f"Unknown settings {unknown}; known are {sorted(known)}.")
         return cls(**values)
+
+
+def as_sequence(name: str, value: Iterable[Any]) -> tuple[Any, ...]:
+    """Check a setting that holds several things.
+
+    Args:
+        name: the setting.
+        value: its value.
+
+    Returns:
+        The value as a tuple.
+
+    Raises:
+        SettingError: if it is a single string, or cannot be iterated over.
+    """
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise SettingError(f"{name} must be a sequence, such as a list; got {value!r}.")
+    return tuple(value)
 
 
 def check_count(name: str, value: int, *, of: str) -> int:

@@ -6,7 +6,7 @@ Layer 4: imports judge, alerts, trackers; history and figures when they are used
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,10 @@ import numpy as np
 from .alerts import AlertBook
 from .errors import HistoryError, MissingDependencyError
 from .judge import JudgedSample
-from .records import Alert, head_label
+from .records import Alert, head_label, rearrange
 from .reporting import Reporter
 from .stats import STATISTICS
-from .trackers import CompositeTracker, Picture
+from .trackers import CompositeTracker, Picture, as_tracker
 
 if TYPE_CHECKING:
     from .history import History, HistoryWriter
@@ -79,7 +79,7 @@ class Dashboard:
 
     def __init__(
         self,
-        trackers: CompositeTracker,
+        trackers: Iterable[Any],
         reporter: Reporter,
         *,
         directory: Path | None,
@@ -89,16 +89,16 @@ class Dashboard:
         """Open the history if there is a directory.
 
         Args:
-            trackers: where metrics, pictures and alerts go.
+            trackers: what a user gave, see `as_tracker`; made only once the directory is known to be writable.
             reporter: where failures go.
             directory: where history and pictures go; None keeps samples in memory.
             settings: plain values stored with the history.
             keep_in_memory: samples kept without a directory.
 
         Raises:
-            SettingError: if the directory cannot be written to.
+            SettingError: if the directory cannot be written to, or what was given is no tracker.
+            MissingDependencyError: if a tracker's package is not installed.
         """
-        self._trackers = trackers
         self._reporter = reporter
         self._directory = directory
         self._settings = dict(settings)
@@ -112,6 +112,8 @@ class Dashboard:
             from .history import HistoryWriter
 
             self._writer = HistoryWriter(directory, self._settings)
+        made = [as_tracker(tracker, directory=directory) for tracker in trackers]
+        self._trackers = CompositeTracker(made, reporter.guard)
 
     def publish(
         self, judged: JudgedSample, metrics: Mapping[str, float], book: AlertBook, *, worker: Executor | None
@@ -202,7 +204,7 @@ class Dashboard:
         rows = []
         for judged, _ in self._memory:
             positions = layout.positions_in(judged.layout)
-            rows.append(np.where(positions >= 0, judged.values[positions], np.float32(np.nan)))
+            rows.append(rearrange(judged.values, positions, missing=np.nan))
         steps = np.array([judged.step for judged, _ in self._memory], dtype=np.int64)
         alerts = [alert for _, raised in self._memory for alert in raised]
         return History(layout, steps, np.array(rows, dtype=np.float32), alerts, self._settings)
@@ -213,7 +215,7 @@ class Dashboard:
         if latest is not None and book is not None:
             if self._wants_pictures():
                 self._reporter.guard("drawing the heads map", lambda: self._last_picture(latest, book))
-            worst = max((abs(alert.deviation) for alert in alerts), default=0.0)
+            worst = max((abs(alert.deviation) for alert in alerts if np.isfinite(alert.deviation)), default=0.0)
             first = float(alerts[0].step) if alerts else float("nan")
             summary = {"first_alert": first, "worst_deviation": worst, "drifting_heads": float(book.drifting)}
             self._trackers.summary({f"{PREFIX}/{name}": value for name, value in summary.items()})

@@ -7,15 +7,17 @@ Layer 3: imports sampling and torch.distributed.
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from .sampling import SampleSums
+from .records import Layout
+from .reporting import Reporter
+from .sampling import SampleSums, WindowSampler
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -25,13 +27,84 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def same_everywhere(sums: SampleSums) -> bool:
-    """Whether every rank has the same streams, so that samples may be added. A collective of the default group."""
-    text = json.dumps(sums.layout.to_list(), sort_keys=True)
-    mine = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
-    both = torch.tensor([mine, -mine], dtype=torch.int64, device=_device())
-    dist.all_reduce(both, op=dist.ReduceOp.MAX)
-    return bool(both[0] == -both[1])
+class SharedLayout:
+    """The streams that all ranks have agreed on with the first sample, and sums over them from then on.
+
+    A layer that turns up later on some ranks alone is left out, so that the collective is the same size everywhere
+    and no rank can make another wait.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
+        """Start without agreement.
+
+        Args:
+            reporter: where disagreement is told.
+        """
+        self._reporter = reporter
+        self._layout: Layout | None = None
+        self._refused = False
+
+    @property
+    def agreed(self) -> bool:
+        """Whether the ranks add their samples."""
+        return self._layout is not None
+
+    def add(self, sums: SampleSums, sampler: WindowSampler) -> SampleSums:
+        """Add a sample over the default group. Every rank must call it at the same sample.
+
+        Args:
+            sums: this rank's sample.
+            sampler: told of the window lengths that the ranks agree on.
+
+        Returns:
+            The sum, equal on every rank; this rank's own sample if the ranks could not agree.
+        """
+        if self._layout is None and not self._refused:
+            every: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(every, sums.layout.to_list())
+            agreed = agree([Layout.from_list(layers) for layers in every])
+            if agreed is None:
+                self._refused = True
+                self._reporter.notice(
+                    "ranks differ",
+                    "the ranks hold different layers or heads (tensor, pipeline or context parallel), which is not "
+                    "supported: each rank judges what it sees, rank 0 writes its own part, and none acts on it",
+                )
+            elif agreed.layers:
+                self._layout = agreed
+                sampler.adopt(agreed)
+        if self._layout is None:
+            return sums
+        return add_over_ranks(sums.onto(self._layout))
+
+
+def agree(layouts: Sequence[Layout]) -> Layout | None:
+    """The layout that all ranks can share.
+
+    Ranks that saw nothing go along with the others. Window lengths, which each rank chose from its own first batch,
+    become the shortest; nothing else may differ.
+
+    Args:
+        layouts: one of each rank.
+
+    Returns:
+        The shared layout, empty if no rank saw anything; None if they cannot share one.
+    """
+    seen = [layout for layout in layouts if layout.layers]
+    if not seen:
+        return Layout(())
+    shortest = Layout(
+        tuple(
+            replace(layer, window=min(other.layers[at].window for other in seen if at < len(other.layers)))
+            for at, layer in enumerate(seen[0].layers)
+        )
+    )
+    for layout in seen:
+        if Layout(tuple(replace(layer, window=0) for layer in layout.layers)) != Layout(
+            tuple(replace(layer, window=0) for layer in shortest.layers)
+        ):
+            return None
+    return shortest
 
 
 def add_over_ranks(sums: SampleSums) -> SampleSums:

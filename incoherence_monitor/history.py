@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .errors import HistoryError, MissingDependencyError, SettingError
-from .records import Alert, Layout
+from .records import Alert, Layout, rearrange
 from .stats import STATISTIC_NAMES, statistic
 
 if TYPE_CHECKING:
@@ -76,8 +76,11 @@ class History:
         rows: dict[int, tuple[NDArray[np.float32], list[Alert]]] = {}
         for segment_layout, _, samples in segments:
             positions = layout.positions_in(segment_layout)
+            if rows and samples[0][0] <= min(rows):
+                # A run that began anew in the same folder, not one that was resumed.
+                rows.clear()
             for step, values, alerts in samples:
-                rows[step] = (np.where(positions >= 0, values[positions], np.float32(np.nan)), alerts)
+                rows[step] = (rearrange(values, positions, missing=np.nan), alerts)
         steps = np.array(sorted(rows), dtype=np.int64)
         matrix = np.array([rows[step][0] for step in steps], dtype=np.float32).reshape(len(steps), layout.size)
         return cls(layout, steps, matrix, [alert for step in steps for alert in rows[step][1]], segments[-1][1])
@@ -183,6 +186,14 @@ class HistoryWriter:
         """
         if self._writer is None or layout != self._layout:
             self._start(layout)
+        try:
+            self._write(layout, step, values, alerts)
+        except BaseException:
+            # What follows a record that is only half written could not be read: the next sample starts a new file.
+            self.close(whole=False)
+            raise
+
+    def _write(self, layout: Layout, step: int, values: NDArray[np.float32], alerts: Iterable[Alert]) -> None:
         assert self._writer is not None
         columns: list[pa.Array] = [
             pa.array([step], pa.int64()),
@@ -203,13 +214,20 @@ class HistoryWriter:
         self._stream = path.open("xb", buffering=0)
         self._writer = pa.ipc.new_stream(self._stream, _schema(layout, self._settings))
 
-    def close(self) -> None:
-        """End the file; a later sample starts another."""
-        if self._writer is not None:
-            self._writer.close()
-        if self._stream is not None:
-            self._stream.close()
+    def close(self, *, whole: bool = True) -> None:
+        """End the file; a later sample starts another.
+
+        Args:
+            whole: whether its last record is, so that an end mark may be written behind it.
+        """
+        writer, stream = self._writer, self._stream
         self._writer = self._stream = None
+        if stream is not None:
+            try:
+                if writer is not None and whole:
+                    writer.close()
+            finally:
+                stream.close()
 
 
 def _schema(layout: Layout, settings: Mapping[str, Any]) -> pa.Schema:

@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .alerts import AlertBook, find
+from .alerts import AlertBook
 from .config import MonitorConfig
 from .detectors import DriftDetector
-from .records import Alert, FloatArray, Layout, Verdict
+from .findings import find
+from .records import Alert, FloatArray, Layout, Verdict, rearrange
 from .sampling import SampleSums
 
 RUNAWAY_LOGITS = 15.0
 """Standard deviation of the centred logits, in nats, that healthy runs stay below from the first step."""
 RUNAWAY_OVER_FIRST = 2.0
-"""A head that was near the bound at its first sample, as in some pretrained models, gets this times that value."""
+"""A head up to this times the bound at its first sample, as pretrained ones may be, is allowed this times its value."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Judge:
             self._bound = np.full(layout.size, np.nan)
         elif layout != self.layout:
             positions = layout.positions_in(self.layout)
-            self._bound = np.where(positions >= 0, self._bound[positions], np.nan)
+            self._bound = rearrange(self._bound, positions, missing=np.nan)
             self._detector.grow(layout)
             self.book.grow(layout)
         self.layout = layout
@@ -88,10 +89,10 @@ class Judge:
         scale = sums.layout.slices["energy_scale"]
         first = np.isnan(self._bound[scale]) & np.isfinite(values[scale])
         bound = np.maximum(RUNAWAY_LOGITS, RUNAWAY_OVER_FIRST * values[scale])
-        # The first sample sets a head's bound and so cannot pass it: logits that large from the start are the model's.
-        self._bound[scale] = np.where(first, bound, self._bound[scale])
+        own = values[scale] <= RUNAWAY_OVER_FIRST * RUNAWAY_LOGITS
+        self._bound[scale] = np.where(first, np.where(own, bound, RUNAWAY_LOGITS), self._bound[scale])
         findings = find(sums.layout, values, verdict, step=step, non_finite=non_finite, runaway_bound=self._bound)
-        alerts = self.book.process(findings, verdict, step=step)
+        alerts = self.book.process(findings, verdict, step=step, observed=np.isfinite(values))
         return JudgedSample(step, sums.layout, values.astype(np.float32), verdict, alerts)
 
     def state_dict(self) -> dict[str, Any]:

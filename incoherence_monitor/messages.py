@@ -5,16 +5,14 @@ Layer 2: imports records and stats.
 
 from __future__ import annotations
 
-import math
-
 from .records import AlertKind, LayerInfo, head_label
 from .stats import HeadKind, statistic
 
-_CAUSES: dict[tuple[str, int], str] = {
-    ("key", +1): "this head's key weights, key bias, learning rate or optimizer state",
-    ("query", +1): "this head's query weights, learning rate or optimizer state",
-    ("layer", +1): "what this layer alone shares: its input norm, its projections, its parameter group",
-    ("model", +1): "what every head shares: learning rate, data, precision, attention kernel",
+_CAUSES: dict[AlertKind, str] = {
+    "key": "this head's key weights, key bias, learning rate or optimizer state",
+    "query": "this head's query weights, learning rate or optimizer state",
+    "layer": "what this layer alone shares: its input norm, its projections, its parameter group",
+    "model": "what every head shares: learning rate, data, precision, attention kernel",
 }
 
 
@@ -43,18 +41,18 @@ def drift_message(
     return (
         f"{place}: {row.title} is {_number(value)} where {_number(baseline)} was expected ({change}, "
         f"{deviation:+.1f} robust standard deviations), since about step {since_step}. "
-        f"Usually {meaning}; look first at {_CAUSES[kind, 1]}. "
+        f"Usually {meaning}; look first at {_CAUSES[kind]}. "
         f"Compare its weights and optimizer state with the last checkpoint before step {since_step}."
     )
 
 
-def non_finite_message(place: str, kind: AlertKind, since_step: int) -> str:
-    """A head received NaN or infinite queries or keys."""
+def non_finite_message(place: str, kind: AlertKind, since_step: int, *, others: int) -> str:
+    """A head received NaN or infinite queries or keys; so did `others` in later layers."""
     what = {"key": "its keys are", "query": "its queries are"}.get(kind, "queries or keys are")
+    spread = f" It is the earliest; {others} heads of later layers are not finite either." if others else ""
     return (
-        f"{place}: {what} NaN or infinite at step {since_step}. Usually an overflow in low precision, a bad batch or a "
-        f"broken kernel upstream. Stop and resume from a checkpoint before step {since_step}, then look at the first "
-        "layer that is not finite."
+        f"{place}: {what} NaN or infinite at step {since_step}.{spread} Usually an overflow in low precision, a bad "
+        f"batch or a broken kernel upstream: stop and resume from a checkpoint before step {since_step}."
     )
 
 
@@ -65,8 +63,3 @@ def runaway_message(place: str, value: float, bound: float, since_step: int) -> 
         f"{since_step}, above the bound of {_number(bound)}: attention is all but one-hot and entropy collapses. "
         "Usually the learning rate is too high or there is no warm-up; lower it or add QK-norm before the loss follows."
     )
-
-
-def is_non_finite(deviation: float) -> bool:
-    """Whether a deviation stands for a non-finite input rather than a distance."""
-    return math.isinf(deviation)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .capture import AttentionInput, CallCounter
-from .config import MonitorConfig, check_count
+from .config import MonitorConfig, as_sequence, check_count
 from .coverage import Coverage
 from .dashboard import Dashboard
 from .errors import SettingError
@@ -28,7 +28,7 @@ from .records import Alert, LayerInfo
 from .reporting import Reporter
 from .sampling import WindowSampler
 from .state import STATE_FORMAT, changed_settings, check_state, fingerprint
-from .trackers import CompositeTracker, Tracker, as_tracker
+from .trackers import Tracker
 from .watching import attach, coverage, describe_layer, tell_unseen
 
 if TYPE_CHECKING:
@@ -97,9 +97,8 @@ class IncoherenceMonitor:
         self._last_step = -1
         self._armed = False
         self._closed = False
-        given = [as_tracker(tracker, directory=self.output_dir) for tracker in trackers] if rank == 0 else []
         self._dashboard = Dashboard(
-            CompositeTracker(given, self._reporter.guard),
+            as_sequence("trackers", trackers) if rank == 0 else (),
             self._reporter,
             directory=self.output_dir if rank == 0 else None,
             settings={"every": self.every, **self.config.to_dict()},
@@ -177,11 +176,9 @@ class IncoherenceMonitor:
             valid: bool [B, L]; None if every token is valid.
 
         Raises:
-            SettingError: if the shapes do not fit together; until the first sample is complete, never later.
+            SettingError: if the shapes do not fit together; in the first sampled step, never later.
         """
         if not self._armed:
-            if self.samples == 0:
-                check_shapes(query, key, valid)
             return
         if self.samples == 0 and not self._pipeline.in_flight:
             check_shapes(query, key, valid)
@@ -192,7 +189,7 @@ class IncoherenceMonitor:
                 factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
                 self._receive(AttentionInput(name, query.detach(), key.detach(), factor, valid, micro))
 
-        self._reporter.guard(f"observing {name}", show)
+        self._reporter.guard("observing", show, layer=name)
 
     def _receive(self, given: AttentionInput) -> None:
         def describe(seen: AttentionInput) -> LayerInfo:
@@ -252,9 +249,9 @@ class IncoherenceMonitor:
 
     @property
     def confirmed_critical(self) -> bool:
-        """Whether a critical alert is open and was seen again at a second sample."""
+        """Whether a critical alert is open and was seen again at a second sample; alike on every rank, or False."""
         judge = self._pipeline.judge
-        return judge.layout is not None and judge.book.confirmed_critical
+        return judge.layout is not None and judge.book.confirmed_critical and self._pipeline.decides_alike
 
     def coverage(self) -> Coverage:
         """Which layers are watched, which are not and why, what was skipped, and what failed; each with its count."""

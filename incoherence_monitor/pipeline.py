@@ -85,7 +85,12 @@ class Pipeline:
         self._rank, self._world_size, self._on_alert = rank, world_size, on_alert
         self._pending: tuple[int, Future[SampleSums]] | None = None
         self._worker: ThreadPoolExecutor | None = None
-        self._shared_layout: bool | None = None
+        self._shared = distributed.SharedLayout(reporter)
+
+    @property
+    def decides_alike(self) -> bool:
+        """Whether every rank judges the same sums, so that they may act on a judgement together."""
+        return self._world_size == 1 or self._shared.agreed
 
     @property
     def in_flight(self) -> bool:
@@ -96,7 +101,12 @@ class Pipeline:
         """Seal the sampler's open sample and start its host phase."""
         if self._worker is None:
             self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="incoherence_monitor")
-        self._pending = (step, self._worker.submit(self._sampler.seal()))
+        try:
+            future = self._worker.submit(self._sampler.seal())
+        except Exception as error:  # Pending all the same: a rank that failed still enters the collective.
+            future = Future()
+            future.set_exception(error)
+        self._pending = (step, future)
 
     def take_up(self) -> None:
         """Judge the sample that waits, if any. Every rank enters at the same step."""
@@ -108,8 +118,12 @@ class Pipeline:
         except Exception as error:  # A rank that failed still enters the collective below, with count 0.
             self._reporter.failed("computing a sample", error)
             sums = self._sampler.empty()
-        sums = self._over_ranks(sums)
+        if self._world_size > 1:
+            sums = self._shared.add(sums, self._sampler)
         self.samples += 1
+        if sums.layout.size == 0:
+            # Nothing has been seen yet, which has been told already.
+            return
         if sums.too_short:
             self._sampler.skipped["windows for which no sequence was long enough"] += sums.too_short
         self._tell_if_nothing_fits(sums)
@@ -117,19 +131,6 @@ class Pipeline:
         self.alerts.extend(self.latest.alerts)
         if self._rank == 0:
             self._publish(self.latest)
-
-    def _over_ranks(self, sums: SampleSums) -> SampleSums:
-        if self._world_size == 1:
-            return sums
-        if self._shared_layout is None:
-            self._shared_layout = distributed.same_everywhere(sums)
-            if not self._shared_layout:
-                self._reporter.notice(
-                    "ranks differ",
-                    "the ranks hold different layers or heads (tensor, pipeline or context parallel), which is not "
-                    "supported: each rank judges what it sees, and rank 0 writes its own part",
-                )
-        return distributed.add_over_ranks(sums) if self._shared_layout else sums
 
     def _tell_if_nothing_fits(self, sums: SampleSums) -> None:
         if self.samples == 1 and sums.layout.size and not sums.count.any() and not sums.non_finite.any():

@@ -119,6 +119,14 @@ class Layout:
         return cls(tuple(LayerInfo(**layer) for layer in layers))
 
 
+def rearrange(values: NDArray[Any], positions: IntArray, *, missing: Any) -> NDArray[Any]:
+    """Entries of `values` at `positions`, and `missing` where a position is -1."""
+    result = np.full(positions.shape, missing, dtype=values.dtype)
+    kept = positions >= 0
+    result[kept] = values[positions[kept]]
+    return result
+
+
 @dataclass(frozen=True)
 class Alert:
     """One episode of drift, told once.

@@ -19,15 +19,21 @@ class Reporter:
         """Start with nothing told."""
         self.counts: Counter[str] = Counter()
 
-    def failed(self, doing: str, error: BaseException) -> None:
-        """Count a failure; the first of its kind is told with its traceback."""
+    def failed(self, doing: str, error: BaseException, *, layer: str = "") -> None:
+        """Count a failure; the first of its kind is told with its traceback.
+
+        Args:
+            doing: what was being done; with the error's type it names the kind.
+            error: what was raised.
+            layer: the layer concerned, which is told but makes no kind of its own.
+        """
         kind = f"{doing}: {type(error).__name__}"
         self.counts[kind] += 1
         if self.counts[kind] == 1:
             logger.error(
                 "incoherence_monitor failed while %s (%s: %s). Training goes on; this is told once and counted in "
                 "monitor.coverage().failures.",
-                doing,
+                f"{doing} {layer}".strip(),
                 type(error).__name__,
                 error,
                 exc_info=error,
@@ -39,9 +45,9 @@ class Reporter:
         if self.counts[kind] == 1:
             logger.warning("incoherence_monitor: %s", message)
 
-    def guard(self, doing: str, call: Callable[[], None]) -> None:
+    def guard(self, doing: str, call: Callable[[], None], *, layer: str = "") -> None:
         """Make a call; what it raises is counted and told, not passed on."""
         try:
             call()
         except Exception as error:  # The edge of the monitor: nothing may reach the user's loop.
-            self.failed(doing, error)
+            self.failed(doing, error, layer=layer)

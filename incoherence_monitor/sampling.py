@@ -22,7 +22,7 @@ from torch import Tensor
 from .capture import AttentionInput
 from .config import MonitorConfig, check_count
 from .ops import check_shapes, smooth_statistics, spectral_statistics
-from .records import FloatArray, LayerInfo, Layout
+from .records import FloatArray, LayerInfo, Layout, rearrange
 from .stats import STATISTICS
 from .windows import WindowPlan, choose_window, extend_plan, rank_share, select_windows
 
@@ -36,8 +36,8 @@ class LayerWindows:
 
     Attributes:
         info: the layer.
-        parts: flat float32 tensors: keep [N], key statistics [N, 3, Hk], query statistics [N, 5, Hq] and cores
-            [N, Hq, d, d], one after the other.
+        parts: flat float32 tensors: keep [N], key statistics [N, 3, Hk], query statistics [N, 5, Hq] and lower
+            triangles of the cores [N, Hq, d (d + 1) / 2], one after the other.
         windows: N of each part.
     """
 
@@ -63,6 +63,19 @@ class SampleSums:
     count: FloatArray
     non_finite: FloatArray
     too_short: int
+
+    def onto(self, layout: Layout) -> SampleSums:
+        """The same sample over another layout.
+
+        Layers that the other does not know are left out; a layer whose windows have another length there counts as
+        not seen, since statistics of different lengths are never mixed.
+        """
+        positions = layout.positions_in(self.layout)
+        windows = {layer.name: layer.window for layer in self.layout.layers}
+        same = np.array([windows.get(layer.name) == layer.window for layer in layout.layers], dtype=bool)
+        positions = np.where(same[layout.stream_layer], positions, -1)
+        parts = [rearrange(part, positions, missing=0.0) for part in (self.total, self.count, self.non_finite)]
+        return SampleSums(layout, parts[0], parts[1], parts[2], self.too_short)
 
 
 class WindowSampler:
@@ -111,7 +124,8 @@ class WindowSampler:
             layer = self._layer(given, info)
             batch, _, length, _ = given.query.shape
             plan = self.plans[given.layer]
-            if given.layer not in self.fixed and given.micro >= len(plan.parts):
+            missing = sum(self.share) - sum(sum(part) for part in plan.parts)
+            if given.layer not in self.fixed and given.micro >= len(plan.parts) and missing > 0:
                 plan = extend_plan(plan, batch=batch, length=length, share=self.share, micro_batches=self.micro_batches)
                 self.plans[given.layer] = plan
             part = plan.part(given.micro)
@@ -131,6 +145,7 @@ class WindowSampler:
                 self.skipped[f"windows for which no sequence had {plan.window} tokens"] += sum(part)
                 return
             smooth, core = smooth_statistics(chosen.take(given.query), chosen.take(given.key), scale=given.scale)
+            rows, columns = _triangle(core.shape[-1])
             keep = torch.ones(sum(part), device=core.device) if chosen.keep is None else chosen.keep.float()
             held.parts.append(
                 torch.cat(
@@ -138,7 +153,7 @@ class WindowSampler:
                         keep,
                         torch.stack([smooth[name] for name in SMOOTH_KEY], dim=1).flatten(),
                         torch.stack([smooth[name] for name in SMOOTH_QUERY], dim=1).flatten(),
-                        core.flatten(),
+                        core[..., rows, columns].flatten(),
                     ]
                 )
             )
@@ -181,6 +196,14 @@ class WindowSampler:
             flat = torch.cat([part for layer in layers for part in layer.parts]).cpu()
             copied.append((flat, [(layer.info, layer.windows) for layer in layers]))
         return lambda: _summarise(layout, copied)
+
+    def adopt(self, layout: Layout) -> None:
+        """Take over layers that the ranks have agreed on; where a window differs, its plan starts anew."""
+        for layer in layout.layers:
+            if self.layers.get(layer.name) != layer:
+                self.layers[layer.name] = layer
+                self.plans.pop(layer.name, None)
+                self.fixed.discard(layer.name)
 
     def empty(self) -> SampleSums:
         """A sample in which nothing was seen."""
@@ -228,6 +251,12 @@ def _summarise(layout: Layout, copied: list[tuple[Tensor, list[tuple[LayerInfo, 
     return SampleSums(layout, total, count, non_finite, too_short)
 
 
+def _triangle(dim: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of a symmetric matrix's lower triangle: half of it says all."""
+    rows, columns = torch.tril_indices(dim, dim)
+    return rows, columns
+
+
 def _unpack(flat: Tensor, start: int, info: LayerInfo, number: int) -> tuple[Any, dict[str, Any], dict[str, Any], int]:
     def take(*shape: int) -> Tensor:
         nonlocal start
@@ -238,7 +267,10 @@ def _unpack(flat: Tensor, start: int, info: LayerInfo, number: int) -> tuple[Any
     keep = take(number).numpy() > 0
     key = take(number, len(SMOOTH_KEY), info.key_heads)
     query = take(number, len(SMOOTH_QUERY), info.query_heads)
-    core = take(number, info.query_heads, info.head_dim, info.head_dim)
+    rows, columns = _triangle(info.head_dim)
+    core = torch.zeros(number, info.query_heads, info.head_dim, info.head_dim)
+    core[..., rows, columns] = take(number, info.query_heads, len(rows))
+    core[..., columns, rows] = core[..., rows, columns]
     values = {name: key[:, at].double().numpy() for at, name in enumerate(SMOOTH_KEY)}
     values |= {name: query[:, at].double().numpy() for at, name in enumerate(SMOOTH_QUERY)}
     values |= {name: value.double().numpy() for name, value in spectral_statistics(core).items()}

@@ -146,8 +146,6 @@ STATISTICS: tuple[Statistic, ...] = (
 )
 
 STATISTIC_NAMES: tuple[str, ...] = tuple(statistic.name for statistic in STATISTICS)
-KEY_STATISTICS: tuple[str, ...] = tuple(row.name for row in STATISTICS if row.kind == "key")
-QUERY_STATISTICS: tuple[str, ...] = tuple(row.name for row in STATISTICS if row.kind == "query")
 DEFAULT_ALERTING: tuple[str, ...] = tuple(row.name for row in STATISTICS if row.alerts)
 
 _BY_NAME: dict[str, Statistic] = {row.name: row for row in STATISTICS}

@@ -16,6 +16,8 @@ from .records import LayerInfo
 from .reporting import Reporter
 from .sampling import WindowSampler
 
+_STACKS = ("encoder", "decoder", "vision_tower", "vision_model", "text_model", "language_model", "audio_tower")
+
 
 def attach(model: nn.Module, config: MonitorConfig, receiver: Receiver, reporter: Reporter) -> HuggingFaceCapture:
     """Find a model's attention layers and make ready to watch them.
@@ -35,9 +37,11 @@ def attach(model: nn.Module, config: MonitorConfig, receiver: Receiver, reporter
     """
     if not isinstance(model, nn.Module):
         raise SettingError(f"model must be a torch.nn.Module or None; got {type(model).__name__}.")
-    capture = HuggingFaceCapture(
-        model, receiver, include=config.include, exclude=config.exclude, on_error=reporter.failed
-    )
+
+    def on_error(layer: str, error: BaseException) -> None:
+        reporter.failed("capturing", error, layer=layer)
+
+    capture = HuggingFaceCapture(model, receiver, include=config.include, exclude=config.exclude, on_error=on_error)
     if not capture.taps:
         if capture.excluded:
             found = f"{len(capture.excluded)} attention layers, all left out by include and exclude"
@@ -59,15 +63,21 @@ def attach(model: nn.Module, config: MonitorConfig, receiver: Receiver, reporter
 def describe_layer(given: AttentionInput, capture: HuggingFaceCapture | None, sampler: WindowSampler) -> LayerInfo:
     """Describe a layer that is seen for the first time; observed layers come after those of the model."""
     taps = capture.taps if capture is not None else []
-    index = next((at for at, tap in enumerate(taps) if tap.name == given.layer), None)
-    cohort = "global"
-    if index is None:
-        known = [layer.index for layer in sampler.layers.values() if layer.index >= len(taps)]
-        index = max(known, default=len(taps) - 1) + 1
-    elif getattr(taps[index].module, "sliding_window", None):
-        cohort = "sliding"
+    routed = capture.routed if capture is not None else 0
+    tap = next((tap for tap in taps if tap.name == given.layer), None)
+    if tap is None:
+        known = [layer.index for layer in sampler.layers.values() if layer.index >= routed]
+        index, cohort = max(known, default=routed - 1) + 1, "global"
+    else:
+        index, cohort = tap.index, _cohort(tap.name, tap.module)
     _, query_heads, _, dim = given.query.shape
     return LayerInfo(given.layer, index, query_heads, given.key.shape[1], dim, cohort=cohort)
+
+
+def _cohort(name: str, module: nn.Module) -> str:
+    """Kind of a layer: which stack of the model it is in, where there are several, and whether its window slides."""
+    stacks = [part for part in name.split(".") if part in _STACKS]
+    return "/".join([*stacks, "sliding" if getattr(module, "sliding_window", None) else "global"])
 
 
 def tell_unseen(capture: HuggingFaceCapture, step: int, reporter: Reporter) -> None:

@@ -74,7 +74,7 @@ def extend_plan(plan: WindowPlan, *, batch: int, length: int, share: tuple[int, 
     """Plan one more micro-batch while the first sample is taken.
 
     What is left of the share is spread over the micro-batches still to come, and a batch gives no more windows than
-    it can hold without overlap, and no more starts than it has sequences.
+    it can hold without overlap, and no more starts than it has sequences; where it has few, offsets take the rest.
 
     Args:
         plan: the plan so far.
@@ -86,13 +86,13 @@ def extend_plan(plan: WindowPlan, *, batch: int, length: int, share: tuple[int, 
     Returns:
         The plan with one more part.
     """
+    taken = sum(sum(part) for part in plan.parts)
     left = max(1, micro_batches - len(plan.parts))
-    start_left = share[0] - sum(part[0] for part in plan.parts)
-    offset_left = share[1] - sum(part[1] for part in plan.parts)
-    capacity = batch * max(1, length // plan.window)
-    starts = min(-(-start_left // left), batch)
-    offsets = min(-(-offset_left // left), capacity - starts)
-    return WindowPlan(plan.window, (*plan.parts, (starts, offsets)))
+    number = min(-(-(sum(share) - taken) // left), batch * max(1, length // plan.window))
+    # The share's own mixture, kept up over the micro-batches together.
+    due = -(-(taken + number) * share[0] // max(1, sum(share))) - sum(part[0] for part in plan.parts)
+    starts = max(0, min(due, number, batch))
+    return WindowPlan(plan.window, (*plan.parts, (starts, number - starts)))
 
 
 @dataclass(frozen=True)

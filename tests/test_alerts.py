@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from incoherence_monitor import Alert, MonitorConfig
-from incoherence_monitor.alerts import MODEL, AlertBook, Finding, find, group
+from incoherence_monitor.alerts import AlertBook
+from incoherence_monitor.findings import MODEL, Finding, find, group
 from incoherence_monitor.judge import Judge
 from incoherence_monitor.records import LayerInfo, Layout
 from incoherence_monitor.sampling import SampleSums
@@ -176,7 +177,8 @@ def test_grouping_needs_most_of_a_layer():
 def test_open_episodes_follow_their_layer_when_the_layout_grows():
     book = AlertBook(LAYOUT)
     verdict = Judge(MonitorConfig()).judge(sums(noise(1)[0]), step=0).verdict
-    book.process([Finding(("key", 2, 1), "drift", "key_norm", 1, 1, 9.0, 0)], verdict, step=0)
+    observed = np.ones(LAYOUT.size, bool)
+    book.process([Finding(("key", 2, 1), "drift", "key_norm", 1, 1, 9.0, 0)], verdict, step=0, observed=observed)
     book.grow(Layout((LayerInfo("first", 0, 4, 2, 16), *LAYOUT.layers)))
     assert book.open_heads() == [("key", 3, 1)]
     assert MODEL not in book.episodes

@@ -124,7 +124,7 @@ def test_each_layer_counts_once_a_micro_batch(kind):
         assert [tap.counter.counted for tap in monitor._capture.taps] == [3, 3]
         monitor.flush()
         plans = monitor._sampler.plans.values()
-        assert {plan.parts for plan in plans} == {((2, 2), (1, 1), (1, 1))}
+        assert {plan.parts for plan in plans} == {((2, 1), (1, 2), (1, 1))}
 
 
 def test_the_same_step_entered_again_adds():

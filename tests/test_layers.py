@@ -15,7 +15,7 @@ PACKAGE = Path(incoherence_monitor.__file__).parent
 LAYERS = [
     {"errors", "reporting", "coverage"},
     {"ops"},
-    {"stats", "config", "records", "messages", "baseline", "detectors", "alerts"},
+    {"stats", "config", "records", "messages", "baseline", "detectors", "findings", "alerts"},
     {"windows", "capture", "sampling", "distributed", "trackers", "history", "judge", "figures"},
     {"dashboard", "pipeline", "state", "watching", "monitor"},
     {"integrations"},
@@ -27,7 +27,8 @@ SIDEWAYS = {
     "messages": {"records", "stats"},
     "baseline": {"records"},
     "detectors": {"baseline", "config", "records", "stats"},
-    "alerts": {"messages", "records", "stats"},
+    "findings": {"records", "stats"},
+    "alerts": {"findings", "messages", "records", "stats"},
     "sampling": {"windows", "capture"},
     "distributed": {"sampling"},
     "judge": {"sampling"},

@@ -87,11 +87,11 @@ def test_micro_batches_pool_logs_of_statistics_not_gram_matrices():
 
 def test_any_length_gives_the_same_number_of_windows():
     monitor = IncoherenceMonitor(every=1, config=CONFIG)
-    for step, length in enumerate((100, 64, 32, 200)):
+    for step, length in enumerate((32, 100, 64, 200)):
         with monitor.step(step):
             monitor.observe("layer", *queries_and_keys(step, length=length))
         monitor.flush()
-        assert monitor._pipeline.latest is not None
+        assert monitor._sampler.plans["layer"].parts == ((4, 4),)
     assert np.isfinite(monitor.history.values("energy_rank")).all()
 
 
@@ -321,8 +321,8 @@ def test_a_model_must_be_a_module():
 def test_wrong_shapes_raise_in_the_first_step_and_never_later(caplog):
     monitor = IncoherenceMonitor(every=1, config=CONFIG)
     good, bad = queries_and_keys(), queries_and_keys(heads=3)
-    with pytest.raises(SettingError, match="multiple"):
-        monitor.observe("layer", *bad)
+    # Between samples it does nothing at all: attention of an evaluation, say, may have any shape.
+    monitor.observe("layer", *bad)
     with pytest.raises(SettingError, match="3 query heads and 2 key heads"), monitor.step(0):
         monitor.observe("layer", *bad)
     with monitor.step(1):
@@ -334,7 +334,7 @@ def test_wrong_shapes_raise_in_the_first_step_and_never_later(caplog):
             monitor.observe("other", torch.zeros(3), torch.zeros(3))
     monitor.flush()
     failures = monitor.coverage().failures
-    assert failures["observing layer: SettingError"] == 3
+    assert failures["observing: SettingError"] == 6
     assert sum("failed while observing layer" in record.message for record in caplog.records) == 1
 
 
@@ -369,7 +369,7 @@ def test_whatever_fails_inside_training_goes_on(monkeypatch, caplog, part):
     monkeypatch.setattr(monitor._sampler, part, broken)
     drive(monitor, range(2, 5))
     monitor.flush()
-    assert sum("is broken" in record.message for record in caplog.records) <= 3
+    assert sum("is broken" in record.message for record in caplog.records) == 1
     assert any("RuntimeError" in kind for kind in monitor.coverage().failures)
 
 
@@ -397,29 +397,31 @@ def test_history_on_a_full_disk_does_not_stop_the_run(monkeypatch, tmp_path):
 
 
 def test_close_may_be_called_twice_and_ends_the_worker():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     monitor = IncoherenceMonitor(every=1, config=CONFIG)
     drive(monitor, range(3))
+    assert any(thread.name.startswith("incoherence_monitor") for thread in set(threading.enumerate()) - before)
     monitor.close()
     monitor.close()
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
     drive(monitor, range(3, 5))
     assert monitor.samples == 3
 
 
 def test_queries_and_keys_are_let_go_at_once():
-    monitor = IncoherenceMonitor(every=1, config=CONFIG)
-    query, key = queries_and_keys()
-    held = query.untyped_storage()
+    """What is held after a layer's forward is smaller than its windows: statistics and d x d cores alone."""
+    monitor = IncoherenceMonitor(every=1, config=MonitorConfig(window=256))
+    query, key = queries_and_keys(length=256, dim=8)
+
+    def held():
+        gc.collect()
+        return sum(thing.numel() for thing in gc.get_objects() if type(thing) is torch.Tensor)
+
+    before = held()
     with monitor.step(0):
         monitor.observe("layer", query, key)
-        del query, key
-        gc.collect()
-        assert not any(
-            isinstance(thing, torch.Tensor) and thing.untyped_storage()._cdata == held._cdata
-            for thing in gc.get_objects()
-            if type(thing) is torch.Tensor
-        )
+        # 8 windows x (4 x 36 triangle + 4 x 5 + 2 x 3 numbers + 1): 1,368; the queries alone are 65,536.
+        assert held() - before < 2_000
 
 
 def test_nothing_grows():

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from incoherence_monitor import head_statistics, interaction_rank
 from incoherence_monitor.errors import SettingError
 from incoherence_monitor.ops import gram, reference
-from incoherence_monitor.stats import KEY_STATISTICS, QUERY_STATISTICS, STATISTIC_NAMES
+from incoherence_monitor.stats import STATISTIC_NAMES, STATISTICS
 
+KEY_STATISTICS = [row.name for row in STATISTICS if row.kind == "key"]
+QUERY_STATISTICS = [row.name for row in STATISTICS if row.kind == "query"]
 SMOOTH = [name for name in STATISTIC_NAMES if name not in ("energy_rank", "key_leverage")]
 
 
@@ -178,6 +180,17 @@ def test_autocast_and_strides_change_nothing():
         found = head_statistics(strided_query, strided_key)
     for name in STATISTIC_NAMES:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=0)
+
+
+def test_windows_taken_in_parts_are_windows_taken_at_once():
+    query, key = heads(batch=7, query_heads=6, key_heads=3, length=256, dim=64)
+    valid = torch.ones(7, 256, dtype=torch.bool)
+    valid[3, 100:] = False
+    together = head_statistics(query, key, valid=valid)
+    for at in range(7):
+        alone = head_statistics(query[at : at + 1], key[at : at + 1], valid=valid[at : at + 1])
+        for name in STATISTIC_NAMES:
+            torch.testing.assert_close(together[name][at : at + 1], alone[name], rtol=1e-6, atol=0)
 
 
 def test_without_eigenvalues_the_spectral_ones_are_left_out():

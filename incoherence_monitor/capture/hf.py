@@ -9,7 +9,7 @@ Under torch.compile the flag is guarded on, which gives two cached graphs, armed
 an opaque custom operator that reads the layer's number from a small host tensor, held beside the module while armed:
 a graph shared by several layers then needs no compilation for each.
 
-Layer 3: imports capture.base and capture.masks; transformers inside functions.
+Layer 3: imports capture.base, discovery and masks; transformers inside functions.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import functools
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fnmatch import fnmatchcase
-from types import CodeType
 from typing import Any
 
 import torch
@@ -28,11 +27,11 @@ from torch import Tensor, nn
 
 from ..errors import MissingDependencyError
 from .base import AttentionInput, CallCounter, Receiver
+from .discovery import find_attention, is_compiled
 from .masks import valid_tokens
 
 _SLOT = "_incoherence_slot"
 _DECLARED = ("num_attention_heads", "num_key_value_heads", "hidden_size")
-_WRAPPER_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 class _Switch:
@@ -43,29 +42,54 @@ class _Switch:
 
 _SWITCH = _Switch()
 _ARMED: set[int] = set()
-_SLOTS: weakref.WeakValueDictionary[int, _Tap] = weakref.WeakValueDictionary()
+_PLACES: weakref.WeakKeyDictionary[nn.Module, _Place] = weakref.WeakKeyDictionary()
+_BY_NUMBER: weakref.WeakValueDictionary[int, _Place] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
+
+
+class _Place:
+    """A watched module, whoever watches it: its number, and the taps that are armed on it."""
+
+    def __init__(self) -> None:
+        self.number = next(_NUMBERS)
+        self.slot = torch.tensor([self.number, 0])
+        self.armed: list[_Tap] = []
+        _BY_NUMBER[self.number] = self
 
 
 class _Tap:
     """One attention layer of one watched model."""
 
-    def __init__(self, capture: HuggingFaceCapture, name: str, module: nn.Module) -> None:
+    def __init__(self, capture: HuggingFaceCapture, name: str, module: nn.Module, index: int) -> None:
         self.capture = capture
         self.name = name
         self.module = module
-        self.number = next(_NUMBERS)
-        self.slot = torch.tensor([self.number, 0])
+        self.index = index
+        self.place = _PLACES.setdefault(module, _Place())
         config = getattr(module, "config", None)
         declared = [getattr(config, name, None) for name in _DECLARED]
         self.declared = [value if isinstance(value, int) else None for value in declared]
         self.counter = CallCounter()
-        _SLOTS[self.number] = self
+
+    def arm(self) -> None:
+        if self not in self.place.armed:
+            self.place.armed.append(self)
+        # Not through Module.__setattr__, and only while armed: the model is as it was between samples.
+        self.module.__dict__[_SLOT] = self.place.slot
+
+    def disarm(self) -> None:
+        if self in self.place.armed:
+            self.place.armed.remove(self)
+        if not self.place.armed:
+            self.module.__dict__.pop(_SLOT, None)
 
     def receive(self, query: Tensor, key: Tensor, scale: float, valid: Tensor | None) -> None:
-        micro = self.counter.take()
-        if micro is not None:
-            self.capture.receiver(AttentionInput(self.name, query, key, scale, valid, micro))
+        try:
+            micro = self.counter.take()
+            if micro is not None:
+                self.capture.receiver(AttentionInput(self.name, query, key, scale, valid, micro))
+        except Exception as error:  # Whatever goes wrong, training goes on.
+            self.capture.on_error(self.name, error)
 
 
 class HuggingFaceCapture:
@@ -87,7 +111,7 @@ class HuggingFaceCapture:
             receiver: called with every counted attention input.
             include: globs of layer names to watch.
             exclude: globs of layer names to leave out.
-            on_error: called with what was being done and the exception; must not raise.
+            on_error: called with the layer and the exception; must not raise.
 
         Raises:
             MissingDependencyError: if transformers is older than 5.1.
@@ -95,10 +119,15 @@ class HuggingFaceCapture:
         self.receiver = receiver
         self.on_error = on_error
         self.skipped: Counter[str] = Counter()
-        self.compiled = _is_compiled(model)
+        self.compiled = is_compiled(model)
         routed, self.unreachable = find_attention(model)
         self.excluded = [name for name, _ in routed if not _selected(name, include, exclude)]
-        self.taps = [_Tap(self, name, module) for name, module in routed if _selected(name, include, exclude)]
+        self.routed = len(routed)
+        self.taps = [
+            _Tap(self, name, module, index)
+            for index, (name, module) in enumerate(routed)
+            if _selected(name, include, exclude)
+        ]
         if self.taps:
             install()
 
@@ -111,8 +140,7 @@ class HuggingFaceCapture:
     def resume(self) -> None:
         """Watch again, within the same step."""
         for tap in self.taps:
-            # Not through Module.__setattr__, and only while armed: the model is as it was between samples.
-            tap.module.__dict__[_SLOT] = tap.slot
+            tap.arm()
         _ARMED.add(id(self))
         _SWITCH.armed = True
 
@@ -121,7 +149,7 @@ class HuggingFaceCapture:
         _ARMED.discard(id(self))
         _SWITCH.armed = bool(_ARMED)
         for tap in self.taps:
-            tap.module.__dict__.pop(_SLOT, None)
+            tap.disarm()
 
     def release(self) -> None:
         """Let go of the model; names and counts stay."""
@@ -151,80 +179,6 @@ class HuggingFaceCapture:
 
 def _selected(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, glob) for glob in include) and not any(fnmatchcase(name, glob) for glob in exclude)
-
-
-def canonical_name(name: str) -> str:
-    """A module's name without what compilation, checkpointing and data parallel wrappers add to it."""
-    for wrapper in _WRAPPER_NAMES:
-        name = name.replace(wrapper, "")
-    return name
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
-
-
-def find_attention(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[str, str]]:
-    """Find a model's attention layers.
-
-    Args:
-        model: the model, possibly wrapped.
-
-    Returns:
-        The routed layers as (name, module) in the model's order; and the layers that look like attention but cannot
-        be reached here, with why.
-    """
-    named = [(canonical_name(name), module) for name, module in _unwrap(model).named_modules() if name]
-    routed = [(name, module) for name, module in named if _asks_for_interface(type(module))]  # type: ignore[arg-type]
-    reached = {name for name, _ in routed}
-    unreachable: dict[str, str] = {}
-    for name, module in named:
-        looks = "attention" in type(module).__name__.lower()
-        inner = any(other.startswith(f"{name}.") for other in reached)
-        outer = any(name.startswith(f"{other}.") for other in reached)
-        if looks and not inner and not outer and name not in reached:
-            unreachable[name] = (
-                f"{type(module).__name__} has attention code of its own, which does not ask transformers for its "
-                "function; call monitor.observe(...) there"
-            )
-    # Of nested classes named after attention, only the innermost holds the product.
-    inner_most = {
-        name: why for name, why in unreachable.items() if not any(other.startswith(f"{name}.") for other in unreachable)
-    }
-    return routed, inner_most
-
-
-@functools.cache
-def _asks_for_interface(cls: type[nn.Module]) -> bool:
-    """Whether a method of the class calls `get_interface`, by the names its code uses."""
-    if cls.__module__.startswith("torch."):
-        return False
-    methods = (value for base in cls.__mro__ for value in vars(base).values() if callable(value))
-    return any("get_interface" in names for method in methods for names in _code_names(method))
-
-
-def _code_names(method: Any) -> Iterator[tuple[str, ...]]:
-    while method is not None:
-        code = getattr(method, "__code__", None)
-        stack: list[CodeType] = [code] if isinstance(code, CodeType) else []
-        while stack:
-            code = stack.pop()
-            yield code.co_names
-            stack.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))
-        method = getattr(method, "__wrapped__", None)
 
 
 @functools.cache
@@ -273,20 +227,24 @@ def _tapped(
 
 
 def _tap_eagerly(module: nn.Module, query: Tensor, key: Tensor, mask: Any, scale: float | None, number: int) -> None:
-    tap = _SLOTS.get(number)
-    if tap is None or tap.module is not module:
+    place = _BY_NUMBER.get(number)
+    if place is None or _PLACES.get(module) is not place:
         # A copy of a watched module, made while armed.
         return
-    try:
-        reason = _why_not(module, query, key)
-        if reason is not None:
+    reason = _why_not(module, query, key)
+    if reason is not None:
+        for tap in place.armed:
             tap.capture.skipped[reason] += 1
-            return
-        scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        return
+    try:
+        factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
         valid = valid_tokens(mask, batch=query.shape[0], length=query.shape[2], device=query.device)
-        tap.receive(query.detach(), key.detach(), scale, valid)
     except Exception as error:  # Whatever goes wrong, training goes on.
-        tap.capture.on_error(f"capturing {tap.name}", error)
+        for tap in place.armed:
+            tap.capture.on_error(tap.name, error)
+        return
+    for tap in place.armed:
+        tap.receive(query.detach(), key.detach(), factor, valid)
 
 
 def _why_not(module: nn.Module, query: Tensor, key: Tensor) -> str | None:
@@ -303,13 +261,9 @@ def _why_not(module: nn.Module, query: Tensor, key: Tensor) -> str | None:
 def _tap_op(query: Tensor, key: Tensor, valid: Tensor | None, slot: Tensor, scale: float) -> None:
     """Hand on what a compiled attention layer received; `slot` is [number of the tap, calls so far] on the host."""
     slot[1] += 1
-    tap = _SLOTS.get(int(slot[0]))
-    if tap is None:
-        return
-    try:
+    place = _BY_NUMBER.get(int(slot[0]))
+    for tap in place.armed if place is not None else ():
         tap.receive(query, key, scale, valid)
-    except Exception as error:  # Whatever goes wrong, training goes on.
-        tap.capture.on_error(f"capturing {tap.name}", error)
 
 
 @_tap_op.register_fake

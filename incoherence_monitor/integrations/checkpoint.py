@@ -65,3 +65,17 @@ def load(saved: Any, directory: Path) -> tuple[dict[str, Any], bool] | str:
         return f"the monitor state {found} is not the one that the checkpoint was saved with"
     state = torch.load(io.BytesIO(content), weights_only=True)
     return state["monitor"], bool(state["acted"])
+
+
+def prune(directory: Path, checkpoints: Path, *, keep: str) -> None:
+    """Delete the state files that no checkpoint names any more, where the user has limited the number of checkpoints.
+
+    Args:
+        directory: the monitor's output directory.
+        checkpoints: the Trainer's, which holds `checkpoint-*`.
+        keep: the file just written, whose checkpoint is not whole yet.
+    """
+    told = [file.read_text() for file in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    for file in (directory / FOLDER).glob("step-*.pt"):
+        if file.name != keep and not any(file.name in text for text in told):
+            file.unlink(missing_ok=True)

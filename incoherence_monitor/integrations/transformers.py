@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import MonitorConfig, check_count
+from ..config import MonitorConfig, as_sequence, check_count
 from ..errors import MissingDependencyError, SettingError
 from ..monitor import IncoherenceMonitor
 from ..records import Alert
@@ -73,21 +73,21 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         """
         if every != "auto":
             check_count("every", every, of="training steps")
-        if isinstance(trackers, str) and trackers != "auto":
-            raise SettingError(f"trackers must be 'auto' or a sequence of trackers; got {trackers!r}.")
         if config is not None and not isinstance(config, (MonitorConfig, Mapping)):
             raise SettingError(f"config must be a MonitorConfig, a mapping of its fields or None; got {config!r}.")
         self.every = every
         self.config = MonitorConfig.from_dict(config) if isinstance(config, Mapping) else config or MonitorConfig()
         self.output_dir = output_dir
-        self.trackers: Any = trackers if isinstance(trackers, str) else tuple(trackers)
+        self.trackers: Any = trackers if trackers == "auto" else as_sequence("trackers", trackers)
         self.on_alert = on_alert
         self.save_on_alert = save_on_alert
         self.stop_on_alert = stop_on_alert
         self.monitor: IncoherenceMonitor | None = None
         self._acted = False
-        self._arguments: int | None = None
+        self.from_checkpoint = False
+        self._arguments: Any = None
         self._context: Any = None
+        self._checkpoints: Path | None = None
         self._replaced: IncoherenceCallback | None = None
         _LIVE.add(self)
 
@@ -108,11 +108,14 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
                 saved = checkpoint.save(monitor.checkpoint_state(), monitor.output_dir, acted=self._acted)
             except Exception as error:  # A full disk must not cost the user's checkpoint.
                 monitor.report("saving the monitor's state", error)
-        return {"args": arguments, "attributes": {"saved_state": saved}}
+        if saved is not None and self._checkpoints is not None:
+            checkpoint.prune(monitor.output_dir, self._checkpoints, keep=saved["file"])  # type: ignore[union-attr,arg-type]
+        # from_checkpoint tells a callback that the Trainer has made from this dictionary from one made by the user.
+        return {"args": arguments, "attributes": {"saved_state": saved, "from_checkpoint": True}}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remember whose callback this is: on resume the Trainer may replace it by a copy made from plain settings."""
-        self._arguments = id(args)
+        self._arguments = weakref.ref(args)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach to the model, before its first forward; take up the state of the checkpoint resumed from."""
@@ -120,6 +123,7 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         if self.monitor is not None:
             self.monitor.close()
         self._acted = False
+        self._checkpoints = Path(args.output_dir) if args.save_total_limit else None
         every = automatic_interval(state.max_steps) if self.every == "auto" else self.every
         directory = Path(self.output_dir or Path(args.output_dir) / "incoherence")
         handler = _callback_handler()
@@ -154,10 +158,10 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
 
     def _adopt_what_json_cannot_hold(self, args: Any) -> None:
         """Take trackers and on_alert from the callback this one replaces (restore_callback_states_from_checkpoint)."""
-        if self._arguments is not None:
+        if not self.from_checkpoint or self._replaced is not None:
             return
         for other in list(_LIVE):
-            if other is not self and other._arguments == id(args):
+            if other is not self and other._arguments is not None and other._arguments() is args:
                 self.trackers, self.on_alert, self._replaced = other.trackers, other.on_alert, other
                 self._arguments = other._arguments
 
@@ -196,6 +200,12 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self._leave()
         if self.monitor is not None:
             self.monitor.close()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Disarm, should a step have ended by an exception that the user caught."""
+        self._leave()
+
+    on_epoch_begin = on_log = on_predict = on_evaluate
 
     def _leave(self) -> None:
         if self._context is not None:

@@ -61,6 +61,10 @@ def _working_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+_ELEMENTS_IN_CACHE = 1 << 17
+"""Elements of the queries that a CPU works on at a time: its temporaries then stay in cache, which halves the time."""
+
+
 def smooth_statistics(
     query: Tensor, key: Tensor, *, scale: float, valid: Tensor | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -76,6 +80,24 @@ def smooth_statistics(
         The statistics as float32 [B, Hk] or [B, Hq], NaN where undefined; and the core [B, Hq, d, d], float32,
         symmetric, whose eigenvalues are proportional to the squared singular values of the energy field.
     """
+    at_once = max(1, _ELEMENTS_IN_CACHE // query[0].numel()) if query.device.type == "cpu" else query.shape[0]
+    if at_once >= query.shape[0]:
+        return _smooth_statistics(query, key, scale=scale, valid=valid)
+    valids = [None] * query.shape[0] if valid is None else torch.split(valid, at_once)
+    parts = [
+        _smooth_statistics(some_query, some_key, scale=scale, valid=some_valid)
+        for some_query, some_key, some_valid in zip(
+            torch.split(query, at_once), torch.split(key, at_once), valids, strict=False
+        )
+    ]
+    smooth = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
+    return smooth, torch.cat([part[1] for part in parts])
+
+
+def _smooth_statistics(
+    query: Tensor, key: Tensor, *, scale: float, valid: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """`smooth_statistics` of some windows."""
     dtype = _working_dtype(query.device)
     query_BQLD, key_BGLD = query.detach().to(dtype), key.detach().to(dtype)
     batch, query_heads, length, dim = query.shape
@@ -90,7 +112,7 @@ def smooth_statistics(
         count_B1 = valid.sum(dim=1, keepdim=True).to(dtype)
     nan = torch.full((), float("nan"), dtype=dtype, device=query.device)
 
-    square_BGL = key_BGLD.square().sum(dim=-1)
+    square_BGL = torch.linalg.vecdot(key_BGLD, key_BGLD)
     raw_energy_BG = square_BGL.sum(dim=-1)
     result = {
         "key_incoherence": torch.where(raw_energy_BG > 0, count_B1 * square_BGL.amax(dim=-1) / raw_energy_BG, nan),
@@ -101,34 +123,31 @@ def smooth_statistics(
     centred_BGLD = key_BGLD - key_BGLD.sum(dim=-2, keepdim=True) / count_B1[:, :, None, None]
     if valid is not None:
         centred_BGLD = torch.where(keep_B1L1, centred_BGLD, zero)
-    key_energy_BG = centred_BGLD.square().sum(dim=(-2, -1))
-    equal_BG = ~(key_energy_BG > KEYS_EQUAL_BELOW * raw_energy_BG)
-    # Ranks and shares do not depend on scale: dividing it out keeps tiny and huge keys away from under- and overflow.
-    unit_BGLD = centred_BGLD / torch.where(equal_BG, 1.0, key_energy_BG.sqrt())[:, :, None, None]
-    key_gram_BGDD = unit_BGLD.mT @ unit_BGLD
-    factor_BGDD, leverage_BGL = _factor_and_leverage(key_gram_BGDD, unit_BGLD)
-    result["key_leverage"] = torch.where(equal_BG, nan, count_B1 / dim * leverage_BGL.amax(dim=-1))
+    key_gram_BGDD, key_energy_BG = _unit_gram(centred_BGLD)
+    # False for keys that are not finite, whose NaN then runs through to every statistic.
+    equal_BG = key_energy_BG <= KEYS_EQUAL_BELOW * raw_energy_BG
+    factor_BGDD = _cholesky_factor(key_gram_BGDD)
+    leverage_BG = _largest_leverage(centred_BGLD, factor_BGDD, key_energy_BG)
+    result["key_leverage"] = torch.where(equal_BG, nan, count_B1 / dim * leverage_BG)
 
-    query_energy_BQ = query_BQLD.square().sum(dim=(-2, -1))
-    no_query_BQ = ~(query_energy_BQ > 0)
-    unit_BQLD = query_BQLD / torch.where(no_query_BQ, 1.0, query_energy_BQ.sqrt())[:, :, None, None]
-    query_gram_BGRDD = (unit_BQLD.mT @ unit_BQLD).reshape(batch, key_heads, -1, dim, dim)
+    query_gram_BQDD, query_energy_BQ = _unit_gram(query_BQLD)
+    query_gram_BGRDD = query_gram_BQDD.reshape(batch, key_heads, -1, dim, dim)
     result["query_participation_rank"] = torch.where(
-        no_query_BQ, nan, 1.0 / query_gram_BGRDD.square().sum(dim=(-2, -1)).flatten(1, 2)
+        query_energy_BQ > 0, 1.0 / query_gram_BQDD.square().sum(dim=(-2, -1)), nan
     )
 
     # With A = Q^T Q and B = Kc^T Kc: sum sigma^2 = s^2 tr(AB), sum sigma^4 = s^4 tr(ABAB), and column j of E has
-    # energy s^2 kc_j^T A kc_j (METRICS.md).
+    # energy s^2 kc_j^T A kc_j (METRICS.md). A and B are taken with trace one: ranks and shares do not depend on scale.
     product_BGRDD = query_gram_BGRDD @ key_gram_BGDD[:, :, None]
     second_BQ = (product_BGRDD * product_BGRDD.mT).sum(dim=(-2, -1)).flatten(1, 2)
-    column_BGRL = ((unit_BGLD[:, :, None] @ query_gram_BGRDD) * unit_BGLD[:, :, None]).sum(dim=-1)
-    column_BQL = column_BGRL.flatten(1, 2).clamp(min=0)
-    first_BQ = column_BQL.sum(dim=-1)
-    undefined_BQ = ~(first_BQ > 0)
-    share_BQL = column_BQL / torch.where(undefined_BQ, 1.0, first_BQ)[:, :, None]
+    spread_BGRLD = centred_BGLD[:, :, None] @ query_gram_BGRDD
+    column_BQL = torch.linalg.vecdot(spread_BGRLD, centred_BGLD[:, :, None]).flatten(1, 2).clamp(min=0)
     group = query_heads // key_heads
-    key_scale_BQ = torch.where(equal_BG, 0.0, key_energy_BG.sqrt()).repeat_interleave(group, dim=1)
-    energy_scale_BQ = abs(scale) * query_energy_BQ.sqrt() * key_scale_BQ * first_BQ.sqrt() / count_B1
+    safe_BQ = torch.where(key_energy_BG > 0, key_energy_BG, 1.0).repeat_interleave(group, dim=1)
+    first_BQ = torch.where(equal_BG.repeat_interleave(group, dim=1), 0.0, column_BQL.sum(dim=-1) / safe_BQ)
+    undefined_BQ = ~(first_BQ > 0)
+    share_BQL = column_BQL / torch.where(undefined_BQ, 1.0, first_BQ * safe_BQ)[:, :, None]
+    energy_scale_BQ = abs(scale) * query_energy_BQ.sqrt() * safe_BQ.sqrt() * first_BQ.sqrt() / count_B1
     result["energy_scale"] = torch.where(count_B1 > 0, energy_scale_BQ, nan)
     result["energy_participation_rank"] = torch.where(undefined_BQ, nan, first_BQ.square() / second_BQ)
     result["energy_localization"] = torch.where(undefined_BQ, nan, count_B1 * share_BQL.amax(dim=-1))
@@ -139,21 +158,36 @@ def smooth_statistics(
     return {name: value.float() for name, value in result.items()}, core_BQDD.float()
 
 
-def _factor_and_leverage(gram_BGDD: Tensor, unit_BGLD: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factor C of the key Gram matrix (B = C C^T) and the leverage of every key."""
+def _unit_gram(rows_BHLD: Tensor) -> tuple[Tensor, Tensor]:
+    """X^T X divided by its trace (zero where the trace is zero), and the trace; [B, H, D, D] and [B, H]."""
+    gram_BHDD = rows_BHLD.mT @ rows_BHLD
+    trace_BH = gram_BHDD.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    return gram_BHDD / torch.where(trace_BH == 0, 1.0, trace_BH)[..., None, None], trace_BH
+
+
+def _cholesky_factor(gram_BGDD: Tensor) -> Tensor:
+    """C with B = C C^T, with the least ridge that rank-deficient keys need."""
     norm_BG = torch.linalg.matrix_norm(gram_BGDD)
     norm_BG = torch.where(norm_BG > 0, norm_BG, 1.0)
     identity_DD = torch.eye(gram_BGDD.shape[-1], dtype=gram_BGDD.dtype, device=gram_BGDD.device)
     tiny = torch.finfo(gram_BGDD.dtype).eps
-    probe_BGDD, failed_BG = torch.linalg.cholesky_ex(
-        gram_BGDD + (max(_FULL_RANK_RIDGE, tiny) * norm_BG)[..., None, None] * identity_DD
-    )
+    least_ridge, deficient_ridge = max(_FULL_RANK_RIDGE, tiny), max(_DEFICIENT_RIDGE, 100 * tiny)
+    probe_BGDD, failed_BG = torch.linalg.cholesky_ex(gram_BGDD + (least_ridge * norm_BG)[..., None, None] * identity_DD)
     pivot_BG = probe_BGDD.diagonal(dim1=-2, dim2=-1).amin(dim=-1).square()
-    full_BG = (failed_BG == 0) & (pivot_BG > (_FULL_RANK_ABOVE if tiny < _FULL_RANK_RIDGE else 10 * tiny) * norm_BG)
-    ridge_BG = torch.where(full_BG, max(_FULL_RANK_RIDGE, tiny), max(_DEFICIENT_RIDGE, 100 * tiny)) * norm_BG
-    factor_BGDD, _ = torch.linalg.cholesky_ex(gram_BGDD + ridge_BG[..., None, None] * identity_DD)
-    solved_BGDL = torch.linalg.solve_triangular(factor_BGDD, unit_BGLD.mT, upper=False)
-    return factor_BGDD, solved_BGDL.square().sum(dim=-2)
+    threshold = _FULL_RANK_ABOVE if tiny < _FULL_RANK_RIDGE else 10 * tiny
+    full_BG = (failed_BG == 0) & (pivot_BG > threshold * norm_BG)
+    ridge_BG = torch.where(full_BG, least_ridge, deficient_ridge) * norm_BG
+    factor_BGDD: Tensor = torch.linalg.cholesky_ex(gram_BGDD + ridge_BG[..., None, None] * identity_DD).L
+    return factor_BGDD
+
+
+def _largest_leverage(centred_BGLD: Tensor, factor_BGDD: Tensor, energy_BG: Tensor) -> Tensor:
+    """max_j kc_j^T B^-1 kc_j, where the factor is of B / energy; [B, G]."""
+    identity_DD = torch.eye(factor_BGDD.shape[-1], dtype=factor_BGDD.dtype, device=factor_BGDD.device)
+    inverse_BGDD = torch.linalg.solve_triangular(factor_BGDD, identity_DD.expand_as(factor_BGDD), upper=False)
+    white_BGLD = centred_BGLD @ inverse_BGDD.mT
+    largest_BG: Tensor = torch.linalg.vecdot(white_BGLD, white_BGLD).amax(dim=-1)
+    return largest_BG / torch.where(energy_BG > 0, energy_BG, 1.0)
 
 
 def spectral_statistics(core: Tensor) -> dict[str, Tensor]:

@@ -167,6 +167,16 @@ def as_tracker(given: Any, *, directory: Path | None) -> Tracker:
     if not isinstance(given, type):
         if isinstance(given, Tracker):
             return given
+        inner = getattr(given, "tracker", None)
+        if inner is not None and getattr(given, "name", None) == "wandb":
+            # Accelerate's: it passes our step on as W&B's own, which would drop every row that comes a sample late.
+            from .wandb import WandbTracker
+
+            return WandbTracker(inner)
+        if inner is not None and getattr(given, "name", None) == "tensorboard":
+            from .tensorboard import TensorBoardTracker
+
+            return TensorBoardTracker(writer=inner)
         if callable(getattr(given, "log", None)):
             return ForeignTracker(given)
     raise SettingError(

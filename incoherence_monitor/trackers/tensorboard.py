@@ -39,7 +39,14 @@ class TensorBoardTracker:
                     "tensorboard", extra="tensorboard", needed_for="The tensorboard tracker"
                 ) from None
             writer = SummaryWriter(str(Path(directory) / "tensorboard"))  # type: ignore[no-untyped-call,unused-ignore]
-        self._writer: Any = writer
+        self._given: Any = writer
+
+    @property
+    def _writer(self) -> Any:
+        """The writer. One that its owner has closed opens itself again when written to, and is then ours to close."""
+        if getattr(self._given, "all_writers", True) is None:
+            self._own = True
+        return self._given
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Write each metric as a scalar."""
@@ -63,6 +70,7 @@ class TensorBoardTracker:
 
     def close(self) -> None:
         """Flush; close the writer if it was opened here."""
-        self._writer.flush()
+        if getattr(self._given, "all_writers", True) is not None:
+            self._given.flush()
         if self._own:
-            self._writer.close()
+            self._given.close()
