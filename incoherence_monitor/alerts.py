@@ -55,8 +55,10 @@ class AlertBook:
         Returns:
             The alerts that this sample raises, one per episode that opens.
         """
+        findings = list(findings)
         grouped = group(self.layout, findings)
-        self._settle(grouped, verdict, observed)
+        # A head that is now told with its layer or the model is still seen itself.
+        self._settle([*findings, *grouped], verdict, observed)
         # The model and layers before heads, keys before queries: what comes later may be part of what came before.
         order: dict[str, int] = {"model": 0, "layer": 1, "key": 2, "query": 3}
         opened = []
@@ -106,11 +108,11 @@ class AlertBook:
         # An absolute rule is not silenced by a drift that was told as a warning before.
         return any(other is not None and (found.rule == "drift" or other.rule != "drift") for other in wider)
 
-    def _settle(self, grouped: list[Finding], verdict: Verdict, observed: BoolArray) -> None:
+    def _settle(self, found_now: list[Finding], verdict: Verdict, observed: BoolArray) -> None:
         """Confirm the episodes that are still seen, close those that have been calm for long enough."""
-        seen = {found.place for found in grouped} | self._places(verdict.restless)
+        seen = {found.place for found in found_now} | self._places(verdict.restless)
         with_data = self._places(observed) | ({MODEL} if observed.any() else set())
-        absolute = any(found.rule != "drift" for found in grouped)
+        absolute = any(found.rule != "drift" for found in found_now)
         model = self.episodes.get(MODEL)
         if verdict.model_restless.any() or (model is not None and model.rule != "drift" and absolute):
             seen.add(MODEL)

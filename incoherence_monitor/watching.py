@@ -55,8 +55,10 @@ def attach(model: nn.Module, config: MonitorConfig, receiver: Receiver, reporter
             "ask transformers (>= 5.1) for their attention function; for others leave out the model and call "
             "monitor.observe(name, query, key) in the attention code."
         )
-    for name, why in capture.unreachable.items():
-        reporter.notice(f"out of reach: {name}", f"{name} is not watched: {why}")
+    for why in dict.fromkeys(capture.unreachable.values()):
+        names = [name for name, reason in capture.unreachable.items() if reason == why]
+        more = f" and {len(names) - 1} more layers are" if len(names) > 1 else " is"
+        reporter.notice(f"out of reach: {why}", f"{names[0]}{more} not watched: {why}.")
     return capture
 
 

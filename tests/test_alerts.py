@@ -198,3 +198,38 @@ def test_find_reports_a_head_once_with_its_strongest_statistic():
         non_finite=np.zeros(LAYOUT.size, bool), runaway_bound=np.full(LAYOUT.size, np.nan),
     )  # fmt: skip
     assert [finding.place for finding in found] == [("key", 1, 0)]
+
+
+def test_a_layers_heads_are_marked_and_counted():
+    values = noise(80)
+    for head in range(4):
+        values[60:, stream("energy_scale", 2, head)] += 0.8
+    judge, _ = judge_all(values)
+    assert judge.book.open_heads() == [("query", 2, head) for head in range(4)]
+    assert judge.book.drifting == 4
+
+
+def test_missing_data_neither_closes_an_episode_nor_opens_it_again():
+    values = noise(100)
+    values[60:, stream("key_norm", 1, 0)] += 0.6
+    values[70:80] = np.nan
+    judge, alerts = judge_all(values)
+    assert len(alerts) == 1
+    assert judge.book.drifting == 1
+
+
+def test_runaway_from_the_first_sample_is_told_unless_it_may_be_the_models_own():
+    logs = np.zeros(LAYOUT.size)
+    logs[stream("energy_scale", 0, 1)] = np.log(120.0)
+    logs[stream("energy_scale", 2, 3)] = np.log(25.0)
+    alerts = Judge(MonitorConfig()).judge(sums(logs), step=0).alerts
+    assert [(alert.layer_index, alert.head, alert.severity) for alert in alerts] == [(0, 1, "critical")]
+    # Nothing is armed yet, so there is no distance to tell.
+    assert np.isnan(alerts[0].deviation)
+
+
+def test_what_is_not_finite_is_told_where_it_began():
+    bad = non_finite_at(("key", 1, 0), *[(kind, 2, head) for kind in ("key", "query") for head in range(2)])
+    alerts = Judge(MonitorConfig()).judge(sums(np.where(bad > 0, np.nan, 0.0), bad), step=0).alerts
+    assert [(alert.kind, alert.layer_index, alert.head) for alert in alerts] == [("key", 1, 0)]
+    assert "4 heads of later layers are not finite either" in alerts[0].message

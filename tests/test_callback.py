@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -322,3 +323,34 @@ def test_a_model_without_attention_raises_when_training_starts(tmp_path):
     )
     with pytest.raises(ModelError, match="no attention"):
         make_trainer(tmp_path, model=model, callback=IncoherenceCallback()).train()
+
+
+def test_a_callback_added_later_keeps_its_own_function_and_trackers(tmp_path):
+    first, second = IncoherenceCallback(every=2, config=CONFIG), InMemoryTracker()
+    trainer = make_trainer(tmp_path, steps=4, callback=first)
+    trainer.remove_callback(first)
+    told = []
+    own = IncoherenceCallback(every=2, config=CONFIG, on_alert=told.append, trackers=[second])
+    trainer.add_callback(own)
+    trainer.train()
+    assert len(second.metrics) == 2
+    assert first.monitor is None
+
+
+def test_training_twice_leaves_no_thread_behind(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "log"))
+    callback = IncoherenceCallback(every=2, config=CONFIG)
+    trainer = make_trainer(tmp_path, steps=4, callback=callback, report_to=["tensorboard"])
+    trainer.train()
+    threads = threading.active_count()
+    trainer.train()
+    assert threading.active_count() <= threads
+    assert History.open(tmp_path).steps.tolist() == [0, 2]
+
+
+def test_state_files_go_with_their_checkpoints(tmp_path):
+    callback = IncoherenceCallback(every=1, config=CONFIG)
+    make_trainer(tmp_path, steps=12, callback=callback, save_strategy="steps", save_steps=2, save_total_limit=2).train()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+    assert len(list((tmp_path / "incoherence" / "state").glob("*.pt"))) <= 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -288,3 +289,87 @@ def test_sequences_that_are_too_short_are_counted_and_told(caplog):
         assert all(math.isnan(value) for value in monitor.latest["key_norm"].values())
         assert sum(count for reason, count in monitor.coverage().skipped.items() if "32 tokens" in reason) > 0
     assert any("no sequence of the first sample" in record.message for record in caplog.records)
+
+
+def test_nan_keys_name_the_head_they_came_from_though_they_spread():
+    model = tiny_model("llama", layers=4, key_heads=4).train()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[8:16] = math.nan
+    with IncoherenceMonitor(model, every=1, config=CONFIG) as monitor:
+        for step in range(2):
+            with monitor.step(step):
+                model(**batches(1)[0], use_cache=False)
+    assert [(alert.layer_index, alert.kind, alert.head, alert.severity) for alert in monitor.alerts] == [
+        (1, "key", 1, "critical")
+    ]
+    assert "heads of later layers are not finite either" in monitor.alerts[0].message
+
+
+def test_two_monitors_watch_one_model():
+    model = tiny_model("llama").train()
+    one = IncoherenceMonitor(model, every=1, config=CONFIG)
+    two = IncoherenceMonitor(model, every=2, config=CONFIG)
+    for step, batch in enumerate(batches(4)):
+        with one.step(step), two.step(step):
+            model(**batch, use_cache=False).loss.backward()
+    assert one.latest.keys() == two.latest.keys()
+    assert (one.samples, two.samples) == (4, 2)
+    assert not one.coverage().failures
+    assert not two.coverage().failures
+    np.testing.assert_array_equal(one.history.values("key_norm")[::2], two.history.values("key_norm"))
+
+
+def test_a_first_sample_that_sees_nothing_does_not_stop_the_rest(tmp_path):
+    model = tiny_model("llama").eval()
+    with IncoherenceMonitor(model, every=1, config=CONFIG, output_dir=tmp_path) as monitor:
+        for step, batch in enumerate(batches(4)):
+            if step == 1:
+                model.train()
+            with monitor.step(step):
+                model(**batch, use_cache=False).loss.backward()
+        monitor.flush()
+        assert monitor.history.steps.tolist() == [1, 2, 3]
+        assert list(monitor.coverage().failures) == ["layers unseen"]
+
+
+@pytest.mark.parametrize("lengths", [(40, 40), (40, 56)])
+def test_cross_attention_is_left_out_by_name(lengths):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    ).train()
+    with IncoherenceMonitor(model, every=1, config=CONFIG) as monitor:
+        with monitor.step(0):
+            source, target = (torch.randint(1, 64, (4, length)) for length in lengths)
+            model(input_ids=source, labels=target, use_cache=False).loss.backward()
+        monitor.flush()
+        coverage = monitor.coverage()
+        assert len(coverage.seen) == 4
+        assert [kind.split(":")[0] for kind in coverage.failures] == ["out of reach"]
+        assert all("cross-attention" in why for why in coverage.out_of_reach.values())
+        assert len(coverage.out_of_reach) == 2
+        cohorts = {layer.cohort for layer in monitor._pipeline.latest.layout.layers}
+        assert cohorts == {"encoder/global", "decoder/global"}
+
+
+def test_layers_keep_their_numbers_when_some_are_left_out():
+    model = tiny_model("llama", layers=3).train()
+    config = MonitorConfig(window=32, include=("*.2.*",))
+    with IncoherenceMonitor(model, every=1, config=config) as monitor:
+        step_through(model, monitor, batches(1)[0])
+        assert [layer.index for layer in monitor._pipeline.latest.layout.layers] == [2]
+
+
+def test_sliding_layers_are_a_cohort_of_their_own():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, intermediate_size=32, sliding_window=16, attn_implementation="eager",
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).train()
+    with IncoherenceMonitor(model, every=1, config=CONFIG) as monitor:
+        step_through(model, monitor, batches(1)[0])
+        assert [layer.cohort for layer in monitor._pipeline.latest.layout.layers] == ["sliding", "global"]

@@ -153,3 +153,33 @@ def test_an_unwritable_directory_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SettingError, match="cannot be written to"):
         HistoryWriter(tmp_path / "file" / "below", {})
+
+
+def test_a_torn_record_costs_one_sample(tmp_path):
+    """A disk that is full for a moment, in the middle of a record."""
+    writer = write(tmp_path, range(3), close=False)
+    stream, whole = writer._stream, writer._writer
+
+    class TornWriter:
+        def write_batch(self, batch):
+            stream.write(b"half of a record that never ends")
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            whole.close()
+
+    writer._writer = TornWriter()
+    with pytest.raises(OSError, match="No space left"):
+        writer.append(LAYOUT, step=3, values=sample(3), alerts=[])
+    for step in range(4, 7):
+        writer.append(LAYOUT, step=step, values=sample(step), alerts=[])
+    writer.close()
+    assert History.open(tmp_path).steps.tolist() == [0, 1, 2, 4, 5, 6]
+
+
+def test_a_run_that_begins_anew_in_the_same_folder_hides_the_old_one(tmp_path):
+    write(tmp_path, range(0, 100, 10), alerts={50: [ALERT]})
+    write(tmp_path, [0, 10, 20])
+    history = History.open(tmp_path)
+    assert history.steps.tolist() == [0, 10, 20]
+    assert history.alerts == []

@@ -313,6 +313,19 @@ def test_an_unwritable_output_directory_is_refused(tmp_path):
         IncoherenceMonitor(output_dir=tmp_path / "file")
 
 
+def test_the_directory_is_checked_before_a_tracker_opens_anything(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingError, match="cannot be written to"):
+        IncoherenceMonitor(output_dir=tmp_path / "file", trackers=["tensorboard"])
+
+
+@pytest.mark.parametrize("given", [{"statistics": None}, {"include": 3}])
+def test_what_is_no_sequence_is_refused(given):
+    with pytest.raises(SettingError, match="must be a sequence"):
+        MonitorConfig(**given)
+
+
 def test_a_model_must_be_a_module():
     with pytest.raises(SettingError, match=r"torch\.nn\.Module or None"):
         IncoherenceMonitor("gpt2")

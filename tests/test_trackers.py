@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from incoherence_monitor import Alert, IncoherenceMonitor
+from incoherence_monitor import Alert, IncoherenceMonitor, MonitorConfig
 from incoherence_monitor.errors import MissingDependencyError, SettingError
 from incoherence_monitor.reporting import Reporter
 from incoherence_monitor.trackers import CompositeTracker, ForeignTracker, InMemoryTracker, Tracker, as_tracker
@@ -211,3 +211,23 @@ def test_wandb_through_the_trainer(tmp_path, monkeypatch):
     assert [row["train/loss"] for row in rows if "train/loss" in row]
     assert any("incoherence/heads_map/width" in row for row in rows)
     assert summary["incoherence/drifting_heads"] >= 0
+
+
+def test_accelerates_wandb_tracker_is_adopted_so_that_no_row_is_dropped(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    accelerate = pytest.importorskip("accelerate")
+    from .test_monitor import drive
+
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    accelerator = accelerate.Accelerator(cpu=True, log_with="wandb")
+    accelerator.init_trackers("test")
+    monitor = IncoherenceMonitor(every=2, config=MonitorConfig(window=32), trackers=accelerator.trackers)
+    for step in range(8):
+        drive(monitor, [step], layers=("only",))
+        accelerator.log({"loss": float(step)}, step=step)
+    monitor.close()
+    accelerator.end_training()
+    rows, _, _, _ = read_offline_run(tmp_path)
+    assert [row["loss"] for row in rows if "loss" in row] == list(range(8))
+    assert [row["incoherence/step"] for row in rows if "incoherence/key_norm/median" in row] == [0, 2, 4, 6]

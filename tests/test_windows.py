@@ -54,6 +54,9 @@ def test_the_plan_takes_no_more_than_its_share_and_what_a_batch_holds(batch, mic
     for starts, offsets in plan.parts:
         assert 0 <= starts <= batch
         assert 0 <= starts + offsets <= batch * (length // 32)
+    if batch * (length // 32) >= windows:
+        # Few sequences, but long ones: offsets take what starts leave over.
+        assert sum(map(sum, plan.parts)) == windows
     if batch * micro_batches >= windows:
         assert sum(map(sum, plan.parts)) == windows
         assert sum(part[0] for part in plan.parts) == (windows + 1) // 2
@@ -134,3 +137,8 @@ def test_draws_depend_on_the_seed_alone():
 def test_all_windows_start_at_zero_where_sequences_are_one_window_long():
     assert (choose(batch=8, length=32).positions[:, 0] == 0).all()
     assert sorted(choose(batch=8, length=32).rows.tolist()) == list(range(8))
+
+
+def test_a_batch_that_holds_few_windows_has_both_kinds():
+    assert extend_plan(WindowPlan(32), batch=4, length=48, share=(4, 4), micro_batches=1).parts == ((2, 2),)
+    assert extend_plan(WindowPlan(32), batch=1, length=300, share=(4, 4), micro_batches=1).parts == ((1, 7),)

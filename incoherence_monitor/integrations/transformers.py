@@ -106,10 +106,10 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         if monitor is not None and monitor.output_dir is not None:
             try:
                 saved = checkpoint.save(monitor.checkpoint_state(), monitor.output_dir, acted=self._acted)
+                if self._checkpoints is not None:
+                    checkpoint.prune(monitor.output_dir, self._checkpoints, keep=saved["file"])
             except Exception as error:  # A full disk must not cost the user's checkpoint.
                 monitor.report("saving the monitor's state", error)
-        if saved is not None and self._checkpoints is not None:
-            checkpoint.prune(monitor.output_dir, self._checkpoints, keep=saved["file"])  # type: ignore[union-attr,arg-type]
         # from_checkpoint tells a callback that the Trainer has made from this dictionary from one made by the user.
         return {"args": arguments, "attributes": {"saved_state": saved, "from_checkpoint": True}}
 
