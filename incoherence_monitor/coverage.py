@@ -17,7 +17,8 @@ class Coverage:
         seen: those of them that have yielded windows so far.
         out_of_reach: layers it does not watch, with why.
         skipped: what was left out, with how often.
-        failures: failures and notices of the monitor itself, with how often.
+        failures: failures of the monitor itself, with how often.
+        notices: what it has had to say otherwise, with how often.
     """
 
     watched: tuple[str, ...]
@@ -25,11 +26,13 @@ class Coverage:
     out_of_reach: dict[str, str]
     skipped: dict[str, int]
     failures: dict[str, int]
+    notices: dict[str, int]
 
     def __str__(self) -> str:
         """A few lines for a terminal."""
         lines = [f"{len(self.watched)} attention layers watched, {len(self.seen)} seen so far"]
         lines += [f"not watched: {name}: {why}" for name, why in self.out_of_reach.items()]
         lines += [f"skipped {count} times: {reason}" for reason, count in self.skipped.items()]
-        lines += [f"told {count} times: {kind}" for kind, count in self.failures.items()]
+        lines += [f"failed {count} times: {kind}" for kind, count in self.failures.items()]
+        lines += [f"noticed {count} times: {kind}" for kind, count in self.notices.items()]
         return "\n".join(lines)

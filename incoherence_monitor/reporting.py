@@ -17,7 +17,8 @@ class Reporter:
 
     def __init__(self) -> None:
         """Start with nothing told."""
-        self.counts: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+        self.notices: Counter[str] = Counter()
 
     def failed(self, doing: str, error: BaseException, *, layer: str = "") -> None:
         """Count a failure; the first of its kind is told with its traceback.
@@ -28,8 +29,8 @@ class Reporter:
             layer: the layer concerned, which is told but makes no kind of its own.
         """
         kind = f"{doing}: {type(error).__name__}"
-        self.counts[kind] += 1
-        if self.counts[kind] == 1:
+        self.failures[kind] += 1
+        if self.failures[kind] == 1:
             logger.error(
                 "incoherence_monitor failed while %s (%s: %s). Training goes on; this is told once and counted in "
                 "monitor.coverage().failures.",
@@ -41,8 +42,8 @@ class Reporter:
 
     def notice(self, kind: str, message: str) -> None:
         """Count a notice; the first of its kind is told."""
-        self.counts[kind] += 1
-        if self.counts[kind] == 1:
+        self.notices[kind] += 1
+        if self.notices[kind] == 1:
             logger.warning("incoherence_monitor: %s", message)
 
     def guard(self, doing: str, call: Callable[[], None], *, layer: str = "") -> None:

@@ -102,4 +102,4 @@ def coverage(capture: HuggingFaceCapture | None, sampler: WindowSampler, reporte
         skipped |= {f"calls: {reason}": count for reason, count in capture.skipped.items()}
         out_of_reach = dict(capture.unreachable) | dict.fromkeys(capture.excluded, "left out by include and exclude")
     seen = [name for name in watched if name in sampler.plans and any(sum(part) for part in sampler.plans[name].parts)]
-    return Coverage(tuple(watched), tuple(seen), out_of_reach, skipped, dict(reporter.counts))
+    return Coverage(tuple(watched), tuple(seen), out_of_reach, skipped, dict(reporter.failures), dict(reporter.notices))

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
 from incoherence_monitor import Alert, History, IncoherenceCallback, MonitorConfig
 from incoherence_monitor.errors import ModelError, SettingError, StateError
 from incoherence_monitor.trackers import InMemoryTracker
-
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
 
 from .models import batches, tiny_model, weights
 
