@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +59,9 @@ def _demo(output_dir: Path, *, wandb: bool) -> int:
     print(f"picture:    {watched / 'heads_map.png'}")
     print(f"history:    {watched / 'history'}  (incoherence_monitor.History.open('{output_dir}'))")
     print(f"dashboard:  {result.log_dir}" + (f" and {output_dir / 'wandb'}" if wandb else ""))
-    print(f"to see it:  tensorboard --logdir {result.log_dir}")
+    # Installed beside this program, and on the path only where the environment is activated.
+    tensorboard = "tensorboard" if shutil.which("tensorboard") else Path(sys.executable).with_name("tensorboard")
+    print(f"to see it:  {tensorboard} --logdir {result.log_dir}")
     print()
     if result.as_promised:
         assert result.found is not None
