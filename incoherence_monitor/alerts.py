@@ -110,6 +110,8 @@ class AlertBook:
 
     def _settle(self, found_now: list[Finding], verdict: Verdict, observed: BoolArray) -> None:
         """Confirm the episodes that are still seen, close those that have been calm for long enough."""
+        if not self.episodes:
+            return
         seen = {found.place for found in found_now} | self._places(verdict.restless)
         with_data = self._places(observed) | ({MODEL} if observed.any() else set())
         absolute = any(found.rule != "drift" for found in found_now)
