@@ -5,7 +5,7 @@ Layer 0: imports nothing of ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Coverage:
         skipped: what was left out, with how often.
         failures: failures of the monitor itself, with how often.
         notices: what it has had to say otherwise, with how often.
+        ways: of each layer seen, how its queries and keys are captured.
     """
 
     watched: tuple[str, ...]
@@ -27,6 +28,7 @@ class Coverage:
     skipped: dict[str, int]
     failures: dict[str, int]
     notices: dict[str, int]
+    ways: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """A few lines for a terminal."""

@@ -13,10 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .capture import AttentionInput, CallCounter
+from .capture import AttentionInput
+from .capture.observed import Observations
 from .config import MonitorConfig, as_sequence, check_count
 from .coverage import Coverage
 from .dashboard import Dashboard
@@ -91,7 +93,7 @@ class IncoherenceMonitor:
         self._reporter = Reporter()
         rank, self._world_size = distributed.rank_and_world()
         self._capture = None if model is None else attach(model, self.config, self._receive, self._reporter)
-        self._observed: dict[str, CallCounter] = {}
+        self._observed = Observations(self._receive, lambda name, error: self.report("observing", error, layer=name))
         self._sampler = WindowSampler(self.config, rank=rank, world_size=self._world_size, micro_batches=micro_batches)
         self._open_step: int | None = None
         self._last_step = -1
@@ -159,14 +161,23 @@ class IncoherenceMonitor:
     def _open(self, step: int) -> None:
         self._open_step = self._last_step = step
         self._sampler.open(step)
-        self._observed = {}
+        self._observed.begin()
         if self._capture is not None:
             self._capture.arm()
 
     def observe(
-        self, name: str, query: Tensor, key: Tensor, *, scale: float | None = None, valid: Tensor | None = None
+        self,
+        name: str,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scale: float | None = None,
+        valid: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> None:
         """Show the monitor one attention call that cannot be reached otherwise. Does nothing between samples.
+
+        Inside a compiled model it is one opaque operator in the graph of sampled steps.
 
         Args:
             name: name of the layer, the same at every step.
@@ -174,22 +185,17 @@ class IncoherenceMonitor:
             key: [B, Hk, L, d], Hq a multiple of Hk.
             scale: the factor s of the product; None means d ** -0.5.
             valid: bool [B, L]; None if every token is valid.
+            starts: bool [B, L], True where a packed document begins; None if none begins inside a sequence.
 
         Raises:
             SettingError: if the shapes do not fit together; in the first sampled step, never later.
         """
         if not self._armed:
             return
-        if self.samples == 0 and not self._pipeline.in_flight:
+        # Compiled code must not ask what changes from sample to sample: it would be compiled again.
+        if not torch.compiler.is_compiling() and self.samples == 0 and not self._pipeline.in_flight:
             check_shapes(query, key, valid)
-
-        def show() -> None:
-            micro = self._observed.setdefault(name, CallCounter()).take()
-            if micro is not None:
-                factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
-                self._receive(AttentionInput(name, query.detach(), key.detach(), factor, valid, micro))
-
-        self._reporter.guard("observing", show, layer=name)
+        self._observed.show(name, query, key, scale=scale, valid=valid, starts=starts)
 
     def _receive(self, given: AttentionInput) -> None:
         def describe(seen: AttentionInput) -> LayerInfo:
@@ -230,13 +236,7 @@ class IncoherenceMonitor:
         if self._world_size == 1 and not self._armed:
             self.flush()
         latest = self._pipeline.latest
-        if latest is None:
-            return {}
-        layout, values = latest.layout, latest.values
-        return {
-            name: dict(zip(layout.heads(name), (float(value) for value in values[part]), strict=True))
-            for name, part in layout.slices.items()
-        }
+        return {} if latest is None else latest.layout.by_head(latest.values)
 
     @property
     def history(self) -> History:
@@ -279,9 +279,9 @@ class IncoherenceMonitor:
             raise RuntimeError("a sample is still in flight on several ranks; flush() on every rank before saving")
         return self.state_dict()
 
-    def report(self, doing: str, error: BaseException) -> None:
+    def report(self, doing: str, error: BaseException, *, layer: str = "") -> None:
         """Count a failure at the monitor's edge and tell it once."""
-        self._reporter.failed(doing, error)
+        self._reporter.failed(doing, error, layer=layer)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`, judging as if the run had never stopped.

@@ -24,7 +24,7 @@ from .config import MonitorConfig, check_count
 from .ops import check_shapes, smooth_statistics, spectral_statistics
 from .records import FloatArray, LayerInfo, Layout, rearrange
 from .stats import STATISTICS
-from .windows import WindowPlan, choose_window, extend_plan, rank_share, select_windows
+from .windows import WindowPlan, choose_window, document_runs, extend_plan, rank_share, select_windows
 
 SMOOTH_KEY = tuple(row.name for row in STATISTICS if row.kind == "key" and not row.spectral)
 SMOOTH_QUERY = tuple(row.name for row in STATISTICS if row.kind == "query" and not row.spectral)
@@ -140,6 +140,7 @@ class WindowSampler:
                 valid=given.valid,
                 device=given.query.device,
                 seed=(self.config.seed, self._step, self.rank, given.micro),
+                document_starts=given.starts,
             )
             if chosen is None:
                 self.skipped[f"windows for which no sequence had {plan.window} tokens"] += sum(part)
@@ -160,14 +161,13 @@ class WindowSampler:
             held.windows.append(sum(part))
 
     def _layer(self, given: AttentionInput, describe: Callable[[AttentionInput], LayerInfo]) -> LayerInfo:
-        _, query_heads, length, dim = given.query.shape
+        _, query_heads, _, dim = given.query.shape
         known = self.layers.get(given.layer)
         if known is None:
             known = describe(given)
             self.layers[given.layer] = known
         if known.window == 0:
-            lengths = torch.tensor([length]) if given.valid is None else given.valid.sum(dim=1).cpu()
-            known = replace(known, window=choose_window(self.config, lengths))
+            known = replace(known, window=choose_window(self.config, _lengths(given)))
             self.layers[given.layer] = known
         self.plans.setdefault(given.layer, WindowPlan(known.window))
         if (known.query_heads, known.key_heads, known.head_dim) != (query_heads, given.key.shape[1], dim):
@@ -225,6 +225,14 @@ class WindowSampler:
         }
         self.fixed = set(state["fixed"])
         self.layers = {layer.name: layer for layer in Layout.from_list(state["layers"]).layers}
+
+
+def _lengths(given: AttentionInput) -> Tensor:
+    """Valid tokens of each sequence or packed document, on the host."""
+    if given.starts is not None:
+        begins, remaining = document_runs(given.starts, given.valid)
+        return remaining[begins].cpu()
+    return torch.tensor([given.query.shape[2]]) if given.valid is None else given.valid.sum(dim=1).cpu()
 
 
 def _summarise(layout: Layout, copied: list[tuple[Tensor, list[tuple[LayerInfo, list[int]]]]]) -> SampleSums:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .capture.hf import HuggingFaceCapture
+from .capture.model import ModelCapture
 from .config import MonitorConfig
 from .errors import StateError
 
@@ -18,7 +18,7 @@ _BASELINES_DEPEND_ON = ("window", "windows_per_sample", "statistics", "baseline_
 Fingerprint = dict[str, list[int | None]]
 
 
-def fingerprint(capture: HuggingFaceCapture | None) -> Fingerprint:
+def fingerprint(capture: ModelCapture | None) -> Fingerprint:
     """The watched layers with the head counts their configuration declares; survives wrapping and sharding."""
     return {} if capture is None else {tap.name: tap.declared for tap in capture.taps}
 

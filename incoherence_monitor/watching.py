@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from .capture import AttentionInput, Receiver
-from .capture.hf import HuggingFaceCapture
+from .capture.model import ModelCapture
 from .config import MonitorConfig
 from .coverage import Coverage
 from .errors import ModelError, SettingError
@@ -19,7 +19,7 @@ from .sampling import WindowSampler
 _STACKS = ("encoder", "decoder", "vision_tower", "vision_model", "text_model", "language_model", "audio_tower")
 
 
-def attach(model: nn.Module, config: MonitorConfig, receiver: Receiver, reporter: Reporter) -> HuggingFaceCapture:
+def attach(model: nn.Module, config: MonitorConfig, receiver: Receiver, reporter: Reporter) -> ModelCapture:
     """Find a model's attention layers and make ready to watch them.
 
     Args:
@@ -41,8 +41,10 @@ def attach(model: nn.Module, config: MonitorConfig, receiver: Receiver, reporter
     def on_error(layer: str, error: BaseException) -> None:
         reporter.failed("capturing", error, layer=layer)
 
-    capture = HuggingFaceCapture(model, receiver, include=config.include, exclude=config.exclude, on_error=on_error)
-    if not capture.taps:
+    capture = ModelCapture(model, receiver, include=config.include, exclude=config.exclude, on_error=on_error)
+    named = {tap.name: tap.doubt for tap in capture.taps if tap.looks and tap.doubt}
+    if not any(tap.looks for tap in capture.taps):
+        capture.release()
         if capture.excluded:
             found = f"{len(capture.excluded)} attention layers, all left out by include and exclude"
         elif capture.unreachable:
@@ -52,26 +54,31 @@ def attach(model: nn.Module, config: MonitorConfig, receiver: Receiver, reporter
             found = "no attention at all"
         raise ModelError(
             f"{type(model).__name__} has no attention layer that can be watched ({found}). Watched are layers that "
-            "ask transformers (>= 5.1) for their attention function; for others leave out the model and call "
+            "ask transformers (>= 5.1) for their attention function, call one of torch's or FlashAttention's, or "
+            "multiply queries and keys and take a softmax; for others leave out the model and call "
             "monitor.observe(name, query, key) in the attention code."
         )
-    for why in dict.fromkeys(capture.unreachable.values()):
-        names = [name for name, reason in capture.unreachable.items() if reason == why]
+    left = capture.unreachable | named
+    for why in dict.fromkeys(left.values()):
+        names = [name for name, reason in left.items() if reason == why]
         more = f" and {len(names) - 1} more layers are" if len(names) > 1 else " is"
         reporter.notice(f"out of reach: {why}", f"{names[0]}{more} not watched: {why}.")
     return capture
 
 
-def describe_layer(given: AttentionInput, capture: HuggingFaceCapture | None, sampler: WindowSampler) -> LayerInfo:
+def describe_layer(given: AttentionInput, capture: ModelCapture | None, sampler: WindowSampler) -> LayerInfo:
     """Describe a layer that is seen for the first time; observed layers come after those of the model."""
-    taps = capture.taps if capture is not None else []
-    routed = capture.routed if capture is not None else 0
-    tap = next((tap for tap in taps if tap.name == given.layer), None)
-    if tap is None:
-        known = [layer.index for layer in sampler.layers.values() if layer.index >= routed]
-        index, cohort = max(known, default=routed - 1) + 1, "global"
+    taps = {tap.name: tap for tap in capture.taps} if capture is not None else {}
+    found = capture.found if capture is not None else 0
+    base, _, use = given.layer.rpartition("/")
+    tap = taps.get(given.layer)
+    if tap is not None:
+        index = tap.index
     else:
-        index, cohort = tap.index, _cohort(tap.name, tap.module)
+        # Layers observed by hand, and further uses of a module that one forward runs several times.
+        tap = taps.get(base) if use.isdigit() else None
+        index = max((layer.index for layer in sampler.layers.values() if layer.index >= found), default=found - 1) + 1
+    cohort = "global" if tap is None else _cohort(tap.name, tap.module)
     _, query_heads, _, dim = given.query.shape
     return LayerInfo(given.layer, index, query_heads, given.key.shape[1], dim, cohort=cohort)
 
@@ -82,7 +89,7 @@ def _cohort(name: str, module: nn.Module) -> str:
     return "/".join([*stacks, "sliding" if getattr(module, "sliding_window", None) else "global"])
 
 
-def tell_unseen(capture: HuggingFaceCapture, step: int, reporter: Reporter) -> None:
+def tell_unseen(capture: ModelCapture, step: int, reporter: Reporter) -> None:
     """Tell once of layers that an armed step should have shown and did not, with the probable cause."""
     if unseen := capture.unseen():
         reporter.notice(
@@ -92,14 +99,30 @@ def tell_unseen(capture: HuggingFaceCapture, step: int, reporter: Reporter) -> N
         )
 
 
-def coverage(capture: HuggingFaceCapture | None, sampler: WindowSampler, reporter: Reporter) -> Coverage:
+def coverage(capture: ModelCapture | None, sampler: WindowSampler, reporter: Reporter) -> Coverage:
     """Say which layers are watched, which are not and why, what was skipped, and what failed."""
-    watched = [tap.name for tap in capture.taps] if capture is not None else []
-    watched += [name for name in sampler.layers if name not in watched]
     skipped = dict(sampler.skipped)
-    out_of_reach: dict[str, str] = {}
+    seen = [name for name, plan in sampler.plans.items() if any(sum(part) for part in plan.parts)]
+    watched, out_of_reach, ways = [], {}, {}
     if capture is not None:
         skipped |= {f"calls: {reason}": count for reason, count in capture.skipped.items()}
-        out_of_reach = dict(capture.unreachable) | dict.fromkeys(capture.excluded, "left out by include and exclude")
-    seen = [name for name in watched if name in sampler.plans and any(sum(part) for part in sampler.plans[name].parts)]
-    return Coverage(tuple(watched), tuple(seen), out_of_reach, skipped, dict(reporter.failures), dict(reporter.notices))
+        out_of_reach = capture.unreachable | dict.fromkeys(capture.excluded, "left out by include and exclude")
+        for tap in capture.taps:
+            if tap.name in seen:
+                ways[tap.name] = tap.way
+            if tap.name in seen or not tap.doubt:
+                watched.append(tap.name)
+            if tap.name not in seen and (tap.name in capture.why_unseen or (tap.doubt and tap.looks)):
+                out_of_reach[tap.name] = capture.why_unseen.get(tap.name, tap.doubt)
+    watched += [name for name in seen if name not in watched]
+    ways |= {name: ways.get(name.rpartition("/")[0], "shown by observe") for name in seen if name not in ways}
+    order = {name: at for at, name in enumerate(watched)}
+    return Coverage(
+        tuple(watched),
+        tuple(sorted(seen, key=order.__getitem__)),
+        out_of_reach,
+        skipped,
+        dict(reporter.failures),
+        dict(reporter.notices),
+        ways,
+    )

@@ -123,6 +123,7 @@ def select_windows(
     valid: Tensor | None,
     device: torch.device,
     seed: tuple[int, ...],
+    document_starts: Tensor | None = None,
 ) -> Selection | None:
     """Choose the windows of one micro-batch.
 
@@ -134,6 +135,7 @@ def select_windows(
         valid: bool [B, L], or None if every token is valid.
         device: where the index tensors shall lie.
         seed: non-negative numbers that seed the draw.
+        document_starts: bool [B, L], True where a packed document begins; None if each sequence is one document.
 
     Returns:
         The selection, or None if no sequence of the batch can hold a window.
@@ -143,6 +145,8 @@ def select_windows(
     if number == 0 or length < window:
         return None
     draw = np.random.default_rng(seed)
+    if document_starts is not None:
+        return _within_documents(document_starts, valid, window=window, part=part, draw=draw)
     rotation = int(draw.integers(batch))
     # Windows at starts take the first sequences of the rotated order, windows at offsets go on from there.
     # float32, as some devices have no float64; rounding may then reach one past the last place, hence the clamps.
@@ -164,3 +168,48 @@ def select_windows(
     # Valid tokens with holes between them hold no window of consecutive ones where a hole falls inside.
     keep = fits[rows] & valid[rows[:, None], positions].all(dim=1)
     return Selection(rows, positions, keep)
+
+
+def _within_documents(
+    document_starts: Tensor, valid: Tensor | None, *, window: int, part: tuple[int, int], draw: np.random.Generator
+) -> Selection:
+    """Windows that lie in one document each, spread evenly over all places where one fits."""
+    batch, length = document_starts.shape
+    device = document_starts.device
+    begins, remaining = document_runs(document_starts, valid)
+    fits = remaining >= window
+    firsts, kept = [], []
+    for number, places in zip(part, (fits & begins, fits), strict=True):
+        cumulated = places.flatten().cumsum(0)
+        count = cumulated[-1]
+        # One draw from each of `number` equal parts of the places, which spreads the windows over sequences.
+        quantile = (np.arange(number) + draw.random(number)) / max(1, number)
+        wanted = (torch.from_numpy(quantile).float().to(device) * count).long().clamp(max=count - 1)
+        firsts.append(torch.searchsorted(cumulated, wanted + 1).clamp(max=batch * length - 1))
+        kept.append((count > 0).expand(number))
+    first, keep = torch.cat(firsts), torch.cat(kept)
+    rows = first // length
+    begin = (first % length).clamp(max=length - window)
+    return Selection(rows, begin[:, None] + torch.arange(window, device=device), keep)
+
+
+def document_runs(document_starts: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Stretches of valid tokens of one document.
+
+    Args:
+        document_starts: bool [B, L], True where a document begins.
+        valid: bool [B, L], or None if every token is valid.
+
+    Returns:
+        Where a stretch begins, bool [B, L]; and how many tokens are left in it from each token on, itself included,
+        int64 [B, L], zero for tokens that are not valid.
+    """
+    batch, length = document_starts.shape
+    fine = torch.ones_like(document_starts) if valid is None else valid
+    edge = torch.ones(batch, 1, dtype=torch.bool, device=fine.device)
+    begins = fine & (document_starts | torch.cat([edge, ~fine[:, :-1]], dim=1))
+    places = torch.arange(length, device=fine.device).expand(batch, length)
+    stops = torch.where(begins | ~fine, places, length)
+    following = torch.cat([stops[:, 1:], torch.full_like(stops[:, :1], length)], dim=1)
+    end = following.flip(1).cummin(dim=1).values.flip(1)
+    return begins, torch.where(fine, end - places, 0)

@@ -187,13 +187,13 @@ def test_attached_too_late_to_a_compiled_model_is_told_with_the_cause(one_thread
     torch._dynamo.reset()
     from transformers.modeling_utils import AttentionInterface
 
-    from incoherence_monitor.capture import hf
+    from incoherence_monitor.capture import routed
 
     current = AttentionInterface.get_interface
     try:
         # As in a process where nothing has been installed yet.
         AttentionInterface.get_interface = getattr(current, "__wrapped__", current)
-        hf.install.cache_clear()
+        routed.install.cache_clear()
         model = torch.compile(tiny_model("llama").train())
         batch = batches(1)[0]
         model(**batch, use_cache=False).loss.backward()

@@ -37,7 +37,7 @@ SIDEWAYS = {
     "cli": {"demo", ""},
 }
 OPTIONAL = {
-    "transformers": {"capture/hf.py", "integrations/transformers.py", "demo.py"},
+    "transformers": {"capture/routed.py", "integrations/transformers.py", "demo.py"},
     "accelerate": set(),
     "wandb": {"trackers/wandb.py"},
     "tensorboard": {"trackers/tensorboard.py"},

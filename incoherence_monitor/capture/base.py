@@ -25,6 +25,7 @@ class AttentionInput:
         scale: the factor s of the product.
         valid: bool [B, L], or None if every token is valid.
         micro: which of the step's micro-batches this is, from 0.
+        starts: bool [B, L], True where a packed document begins; None if every sequence is one document.
     """
 
     layer: str
@@ -33,6 +34,7 @@ class AttentionInput:
     scale: float
     valid: Tensor | None
     micro: int
+    starts: Tensor | None = None
 
 
 Receiver = Callable[[AttentionInput], None]
@@ -50,18 +52,39 @@ class CallCounter:
     Non-reentrant checkpointing counts in the forward, and each recomputation in the backward takes one off `pending`.
     Reentrant checkpointing runs its forward without gradient, which is never offered here, so nothing is pending when
     the recomputation comes and that one counts.
+
+    A module that one forward runs several times, as where layers share their weights, is as many layers: each use is
+    counted by itself, told apart by the forward it belongs to.
     """
 
     counted: int = 0
     pending: int = 0
 
-    def take(self) -> int | None:
-        """Offer a call; returns its number among those that count, or None for a recomputation."""
+    def __post_init__(self) -> None:
+        """No use yet."""
+        self._uses: list[int] = []
+        self._forward, self._use = 0, 0
+
+    def take(self, forward: int = 0) -> tuple[int, int] | None:
+        """Offer a call.
+
+        Args:
+            forward: number of the model's forward it belongs to; 0 if unknown, every call then being a forward's own.
+
+        Returns:
+            Which use of the module in its forward this is, and how often that use has been counted before; None for
+            a recomputation.
+        """
         if in_backward():
             if self.pending:
                 self.pending -= 1
                 return None
         else:
             self.pending += 1
+        self._use = self._use + 1 if forward and forward == self._forward else 0
+        self._forward = forward
+        if self._use == len(self._uses):
+            self._uses.append(0)
+        self._uses[self._use] += 1
         self.counted += 1
-        return self.counted - 1
+        return self._use, self._uses[self._use] - 1

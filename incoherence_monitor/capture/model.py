@@ -1,0 +1,149 @@
+"""`ModelCapture`: the taps of one model, by whichever way each of its attention layers can be reached.
+
+Layer 3: imports the rooms of capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import current, functions, multihead, products, routed
+from .base import CallCounter, Receiver
+from .discovery import Found, find_attention, is_compiled, unwrap
+from .taps import SWITCH, Tap, TapOwner
+
+_ARMED: set[int] = set()
+_WAYS = {
+    "routed": routed.WAY,
+    "multihead": multihead.WAY,
+    "function": "an attention function called by name",
+    "sdpa": products.SDPA_WAY,
+    "by hand": products.WAY,
+}
+
+
+class ModelCapture(TapOwner):
+    """Hands on queries and keys of one model's self-attention layers while armed."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        receiver: Receiver,
+        *,
+        include: tuple[str, ...] = ("*",),
+        exclude: tuple[str, ...] = (),
+        on_error: Callable[[str, BaseException], None],
+    ) -> None:
+        """Find the attention layers and make ready to watch them.
+
+        Args:
+            model: the model, possibly wrapped for compilation or data parallelism.
+            receiver: called with every counted attention input.
+            include: globs of layer names to watch.
+            exclude: globs of layer names to leave out.
+            on_error: called with the layer and the exception; must not raise.
+
+        Raises:
+            MissingDependencyError: if transformers is older than 5.1.
+        """
+        super().__init__(receiver, on_error)
+        self.compiled = is_compiled(model)
+        found, self.unreachable = find_attention(model)
+        self.excluded = [one.name for one in found if not _selected(one.name, include, exclude)]
+        self.found = len(found)
+        self.taps: list[Tap] = []
+        self._hooks: list[Any] = []
+        self._root: nn.Module | None = unwrap(model)
+        self._root_hook: Any = None
+        namespaces: dict[int, dict[str, Any]] = {}
+        for index, one in enumerate(found):
+            if _selected(one.name, include, exclude):
+                self.taps.append(Tap(self, one, index, _WAYS[one.way]))
+                self._hook(one)
+                namespaces |= {id(each): each for each in one.namespaces}
+        if any(tap.way == routed.WAY for tap in self.taps):
+            routed.install()
+        if namespaces:
+            functions.install(id(self), namespaces.values())
+
+    def _hook(self, found: Found) -> None:
+        module = found.module
+        if found.way == "multihead":
+            self._hooks.append(module.register_forward_pre_hook(multihead.before, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(multihead.after))
+        elif found.way != "routed":
+            room = current if found.way == "function" else products
+            self._hooks.append(module.register_forward_pre_hook(room.before, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(room.after))
+
+    def arm(self) -> None:
+        """Watch from here on: a new step's calls are counted from zero."""
+        for tap in self.taps:
+            tap.counter = CallCounter()
+        self.forward = 0
+        self.resume()
+
+    def resume(self) -> None:
+        """Watch again, within the same step."""
+        for tap in self.taps:
+            tap.arm()
+        if self._root is not None and self._root_hook is None:
+            self._root_hook = self._root.register_forward_pre_hook(self._next_forward)
+        _ARMED.add(id(self))
+        SWITCH.armed = True
+
+    def disarm(self) -> None:
+        """Stop watching."""
+        _ARMED.discard(id(self))
+        SWITCH.armed = bool(_ARMED)
+        if self._root_hook is not None:
+            self._root_hook.remove()
+            self._root_hook = None
+        for tap in self.taps:
+            tap.disarm()
+        if not SWITCH.armed:
+            products.leave_all()
+
+    def release(self) -> None:
+        """Let go of the model; names and counts stay."""
+        self.disarm()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._root = [], None
+        functions.remove(id(self))
+        for tap in self.taps:
+            tap.module = nn.Module()
+
+    def _next_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # Traced, the number would be a constant of the graph.
+        if not torch.compiler.is_compiling():
+            self.forward += 1
+
+    def unseen(self) -> list[str]:
+        """Layers from which nothing has been counted since `arm`, where their code leaves no doubt of attention."""
+        return [tap.name for tap in self.taps if tap.counter.counted == 0 and not tap.doubt]
+
+    def probable_cause(self) -> str:
+        """Why watched layers may have stayed unseen in an armed step."""
+        if self.compiled:
+            return (
+                "the model is compiled and its first forward ran before the monitor was attached, so the compiled "
+                "code does not know of it; attach the monitor before the first step"
+            )
+        reasons = set(self.why_unseen.values())
+        if reasons:
+            return "their calls were left out: " + "; ".join(sorted(reasons))
+        return (
+            "no attention call of theirs came by in this step; the step ran no forward inside "
+            "`with monitor.step(...)`, the layers were not used, or the model is compiled and multiplies queries and "
+            "keys by hand, which only monitor.observe(...) reaches"
+        )
+
+
+def _selected(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in include) and not any(fnmatchcase(name, glob) for glob in exclude)

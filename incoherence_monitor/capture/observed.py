@@ -1,0 +1,62 @@
+"""What users show by `IncoherenceMonitor.observe`, in eager and in compiled code.
+
+Layer 3: imports capture.base and taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .base import AttentionInput, CallCounter, Receiver
+from .taps import Call, numbered_slot
+
+
+class Observations:
+    """Counts what is shown, by layer, and hands it on."""
+
+    def __init__(self, receiver: Receiver, on_error: Callable[[str, BaseException], None]) -> None:
+        """Take a number that a compiled graph can hold.
+
+        Args:
+            receiver: called with every counted attention input.
+            on_error: called with the layer and the exception; must not raise.
+        """
+        self._receiver, self._on_error = receiver, on_error
+        self._slot = numbered_slot(self)
+        self._counters: dict[str, CallCounter] = {}
+
+    def begin(self) -> None:
+        """Count from zero: a new step."""
+        self._counters = {}
+
+    def show(
+        self,
+        name: str,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scale: float | None,
+        valid: Tensor | None,
+        starts: Tensor | None,
+    ) -> None:
+        """Take one call, as `IncoherenceMonitor.observe` describes it; in compiled code by an opaque operator."""
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        if torch.compiler.is_compiling():
+            torch.ops.incoherence_monitor.observed(
+                name, query.detach(), key.detach(), valid, starts, self._slot, factor
+            )
+        else:
+            self.receive(name, Call(query, key, factor, valid, starts))
+
+    def receive(self, name: str, call: Call) -> None:
+        """Count a call and hand it on, unless it is a recomputation."""
+        try:
+            taken = self._counters.setdefault(name, CallCounter()).take()
+            if taken is not None:
+                scale = float(call.scale)
+                self._receiver(AttentionInput(name, call.query, call.key, scale, call.valid, taken[1], call.starts))
+        except Exception as error:  # Whatever goes wrong, training goes on.
+            self._on_error(name, error)

@@ -1,0 +1,261 @@
+"""Taps: where queries and keys leave the forward, in eager and in compiled code alike.
+
+A watched module's `Place` is shared by all monitors that watch it. While one is armed a small host tensor, the slot,
+lies beside the module; its presence is what Dynamo guards on, which gives two cached graphs, armed and idle. In the
+armed graph the tap is an opaque custom operator that reads the place's number from the slot: a graph shared by several
+layers then needs no compilation for each.
+
+Layer 3: imports capture.base, discovery and masks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import AttentionInput, CallCounter, Receiver
+from .discovery import Found
+from .masks import TokensCache, tokens, worth_knowing
+
+SLOT = "_incoherence_slot"
+_DECLARED = ("num_attention_heads", "num_key_value_heads", "hidden_size")
+
+
+class Switch:
+    """Whether any capture is armed; Dynamo guards on the attribute."""
+
+    armed = False
+
+
+SWITCH = Switch()
+_PLACES: weakref.WeakKeyDictionary[nn.Module, Place] = weakref.WeakKeyDictionary()
+_BY_NUMBER: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+_CACHE = TokensCache()
+
+
+class Place:
+    """A watched module, whoever watches it: its number, and the taps that are armed on it."""
+
+    def __init__(self) -> None:
+        """Take the next number."""
+        self.number = next(_NUMBERS)
+        self.slot = torch.tensor([self.number, 0])
+        self.armed: list[Tap] = []
+        _BY_NUMBER[self.number] = self
+
+    def hand_on(self, call: Call) -> None:
+        """Give a call to all who watch."""
+        for tap in self.armed:
+            tap.receive(call)
+
+
+class Call:
+    """One attention call: what `AttentionInput` says of it before it is counted."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        scale: float,
+        valid: Tensor | None,
+        starts: Tensor | None,
+        way: str = "",
+    ) -> None:
+        """Hold detached tensors, which share the model's memory."""
+        self.query, self.key, self.scale = query.detach(), key.detach(), scale
+        self.valid, self.starts, self.way = valid, worth_knowing(valid, starts), way
+
+
+class Tap:
+    """One attention layer of one watched model.
+
+    Attributes:
+        name: of the layer.
+        module: that holds it.
+        index: position among the model's attention layers.
+        way: by which it is, or is expected to be, captured.
+        doubt: why it may turn out to be no attention, or out of reach; empty where its code leaves none.
+        looks: whether it is attention by its name or by what it calls.
+        declared: what its configuration declares of heads and width, None where it does not.
+    """
+
+    def __init__(self, owner: TapOwner, found: Found, index: int, way: str) -> None:
+        """Take a place on the module."""
+        self.owner = owner
+        self.name, self.module, self.index, self.way = found.name, found.module, index, way
+        self.doubt, self.looks = found.doubt, found.looks
+        module = found.module
+        self.place = _PLACES.setdefault(module, Place())
+        config = getattr(module, "config", None)
+        declared = [getattr(config, name, None) for name in _DECLARED]
+        self.declared = [value if isinstance(value, int) else None for value in declared]
+        self.counter = CallCounter()
+
+    def arm(self) -> None:
+        """Receive from here on."""
+        if self not in self.place.armed:
+            self.place.armed.append(self)
+        # Not through Module.__setattr__, and only while armed: the model is as it was between samples.
+        self.module.__dict__[SLOT] = self.place.slot
+
+    def disarm(self) -> None:
+        """Receive no more."""
+        if self in self.place.armed:
+            self.place.armed.remove(self)
+        if not self.place.armed:
+            self.module.__dict__.pop(SLOT, None)
+
+    def receive(self, call: Call) -> None:
+        """Count a call and hand it on, unless it is a recomputation."""
+        try:
+            taken = self.counter.take(self.owner.forward)
+            if taken is None:
+                return
+            use, micro = taken
+            self.way = call.way or self.way
+            name = f"{self.name}/{use + 1}" if use else self.name
+            self.owner.receiver(
+                AttentionInput(name, call.query, call.key, call.scale, call.valid, micro, starts=call.starts)
+            )
+        except Exception as error:  # Whatever goes wrong, training goes on.
+            self.owner.on_error(self.name, error)
+
+    def skip(self, reason: str) -> None:
+        """Count a call that is left out."""
+        self.owner.skipped[reason] += 1
+        if self.counter.counted == 0:
+            self.owner.why_unseen[self.name] = reason
+
+
+class TapOwner:
+    """What taps know of the capture they belong to."""
+
+    def __init__(self, receiver: Receiver, on_error: Callable[[str, BaseException], None]) -> None:
+        """Start with nothing skipped.
+
+        Args:
+            receiver: called with every counted attention input.
+            on_error: called with the layer and the exception; must not raise.
+        """
+        self.receiver, self.on_error = receiver, on_error
+        self.skipped: Counter[str] = Counter()
+        self.why_unseen: dict[str, str] = {}
+        self.forward = 0
+
+
+def numbered_slot(holder: Any) -> Tensor:
+    """A slot for what is no module; `holder.receive(name, call)` is then called from compiled code."""
+    number = next(_NUMBERS)
+    _BY_NUMBER[number] = holder
+    return torch.tensor([number, 0])
+
+
+def why_not(module: nn.Module, query: Tensor, key: Tensor) -> str | None:
+    """Why a call of a watched module does not count, if it does not."""
+    if not module.training:
+        return "the module was in evaluation mode"
+    if not torch.is_grad_enabled():
+        return "the call ran without gradient (evaluation, generation or a checkpointed forward)"
+    if query.shape[2] != key.shape[2]:
+        return "queries and keys differ in length (cross-attention or a cache)"
+    return None
+
+
+def place_of(module: nn.Module) -> Place | None:
+    """The armed place of a module; None if it is not watched now, as a copy of a watched one made while armed."""
+    slot = getattr(module, SLOT, None)
+    place = None if slot is None else _PLACES.get(module)
+    return place if place is not None and place.slot is slot else None
+
+
+def tap(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | None,
+    mask: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    seen: tuple[Tensor | None, Tensor | None] | None = None,
+    way: str = "",
+) -> None:
+    """Take what an attention call received. Never raises outside of compiled code; there, only while it is traced.
+
+    Args:
+        module: the watched module that makes the call.
+        query: [B, Hq, L, d], after rotary embedding and QK-norm.
+        key: [B, Hk, L, d].
+        scale: the factor s of the product; None means d ** -0.5.
+        mask: as `masks.tokens` takes it.
+        kwargs: the call's other arguments, which may tell of packed documents.
+        seen: valid tokens and document starts, where they are known already.
+        way: how the call was found.
+    """
+    batch, _, length, dim = query.shape
+    factor = dim**-0.5 if scale is None else scale
+    if torch.compiler.is_compiling():
+        if why_not(module, query, key) is None:
+            if seen is None:
+                seen = tokens(mask, kwargs or {}, batch=batch, length=length, device=query.device)
+            valid, starts = seen
+            slot = getattr(module, SLOT)
+            torch.ops.incoherence_monitor.tap(query.detach(), key.detach(), valid, starts, slot, factor)
+        return
+    place = place_of(module)
+    if place is None:
+        return
+    reason = why_not(module, query, key)
+    if reason is not None:
+        for one in place.armed:
+            one.skip(reason)
+        return
+    try:
+        if seen is None:
+            seen = _CACHE(mask, kwargs or {}, batch=batch, length=length, device=query.device)
+        call = Call(query, key, float(factor), *seen, way)
+    except Exception as error:  # Whatever goes wrong, training goes on.
+        for one in place.armed:
+            one.owner.on_error(one.name, error)
+        return
+    place.hand_on(call)
+
+
+@torch.library.custom_op("incoherence_monitor::tap", mutates_args=("slot",))
+def _tap_op(
+    query: Tensor, key: Tensor, valid: Tensor | None, starts: Tensor | None, slot: Tensor, scale: float
+) -> None:
+    """Hand on what a compiled attention layer received; `slot` is [number of the place, calls so far] on the host."""
+    slot[1] += 1
+    place = _BY_NUMBER.get(int(slot[0]))
+    if place is not None:
+        place.hand_on(Call(query, key, scale, valid, starts))
+
+
+@_tap_op.register_fake
+def _(query: Tensor, key: Tensor, valid: Tensor | None, starts: Tensor | None, slot: Tensor, scale: float) -> None:
+    return None
+
+
+@torch.library.custom_op("incoherence_monitor::observed", mutates_args=("slot",))
+def _observed_op(
+    name: str, query: Tensor, key: Tensor, valid: Tensor | None, starts: Tensor | None, slot: Tensor, scale: float
+) -> None:
+    """As `tap`, for `IncoherenceMonitor.observe` inside a compiled model."""
+    slot[1] += 1
+    holder = _BY_NUMBER.get(int(slot[0]))
+    if holder is not None:
+        holder.receive(name, Call(query, key, scale, valid, starts))
+
+
+@_observed_op.register_fake
+def _(
+    name: str, query: Tensor, key: Tensor, valid: Tensor | None, starts: Tensor | None, slot: Tensor, scale: float
+) -> None:
+    return None
