@@ -42,9 +42,7 @@ def attach(model: nn.Module, config: MonitorConfig, receiver: Receiver, reporter
         reporter.failed("capturing", error, layer=layer)
 
     capture = ModelCapture(model, receiver, include=config.include, exclude=config.exclude, on_error=on_error)
-    named = {tap.name: tap.doubt for tap in capture.taps if tap.looks and tap.doubt}
-    if not any(tap.looks for tap in capture.taps):
-        capture.release()
+    if not capture.taps:
         if capture.excluded:
             found = f"{len(capture.excluded)} attention layers, all left out by include and exclude"
         elif capture.unreachable:
@@ -58,12 +56,16 @@ def attach(model: nn.Module, config: MonitorConfig, receiver: Receiver, reporter
             "multiply queries and keys and take a softmax; for others leave out the model and call "
             "monitor.observe(name, query, key) in the attention code."
         )
-    left = capture.unreachable | named
+    _tell_left_out(capture.unreachable, reporter)
+    return capture
+
+
+def _tell_left_out(left: dict[str, str], reporter: Reporter) -> None:
+    """Tell once for each reason of layers that are out of reach."""
     for why in dict.fromkeys(left.values()):
         names = [name for name, reason in left.items() if reason == why]
         more = f" and {len(names) - 1} more layers are" if len(names) > 1 else " is"
         reporter.notice(f"out of reach: {why}", f"{names[0]}{more} not watched: {why}.")
-    return capture
 
 
 def describe_layer(given: AttentionInput, capture: ModelCapture | None, sampler: WindowSampler) -> LayerInfo:
@@ -91,11 +93,13 @@ def _cohort(name: str, module: nn.Module) -> str:
 
 def tell_unseen(capture: ModelCapture, step: int, reporter: Reporter) -> None:
     """Tell once of layers that an armed step should have shown and did not, with the probable cause."""
+    _tell_left_out(capture.doubtful(), reporter)
     if unseen := capture.unseen():
+        number = max(len(unseen), capture.certain)
         reporter.notice(
             "layers unseen",
-            f"{len(unseen)} of {len(capture.taps)} attention layers should have been seen at step {step} and were "
-            f"not, the first being {unseen[0]}: {capture.probable_cause()}.",
+            f"{len(unseen)} of {number} attention layers should have been seen at step {step} and were not, the first "
+            f"being {unseen[0]}: {capture.probable_cause()}.",
         )
 
 
@@ -112,8 +116,9 @@ def coverage(capture: ModelCapture | None, sampler: WindowSampler, reporter: Rep
                 ways[tap.name] = tap.way
             if tap.name in seen or not tap.doubt:
                 watched.append(tap.name)
-            if tap.name not in seen and (tap.name in capture.why_unseen or (tap.doubt and tap.looks)):
-                out_of_reach[tap.name] = capture.why_unseen.get(tap.name, tap.doubt)
+        out_of_reach |= {
+            name: why for name, why in (capture.doubtful() | capture.why_unseen).items() if name not in seen
+        }
     watched += [name for name in seen if name not in watched]
     ways |= {name: ways.get(name.rpartition("/")[0], "shown by observe") for name in seen if name not in ways}
     order = {name: at for at, name in enumerate(watched)}

@@ -243,6 +243,8 @@ def test_attention_code_of_its_own_is_named_as_out_of_reach(caplog):
 
     model.extra = OwnAttention()
     with caplog.at_level(logging.WARNING), IncoherenceMonitor(model, every=1, config=CONFIG) as monitor:
+        assert list(monitor.coverage().out_of_reach) == ["extra"]
+        step_through(model, monitor, batches(1)[0])
         coverage = monitor.coverage()
     assert list(coverage.out_of_reach) == ["extra"]
     assert "OwnAttention" in coverage.out_of_reach["extra"]

@@ -44,7 +44,7 @@ class Found:
         way: how it can be captured.
         doubt: why it may hold none, or none that can be captured; empty where its code leaves no doubt.
         looks: whether it is attention by its name or by what it calls.
-        namespaces: globals of the code in which it looks up attention functions.
+        namespaces: globals of its code, and classes, in which attention functions are looked up.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Found:
     way: Way
     doubt: str = ""
     looks: bool = True
-    namespaces: tuple[dict[str, Any], ...] = ()
+    namespaces: tuple[Any, ...] = ()
 
 
 def canonical_name(name: str) -> str:
@@ -118,48 +118,75 @@ def _judge(name: str, module: nn.Module) -> Found | None:
         return Found(name, module, "multihead")
     if cls.__module__.startswith("torch."):
         return None
-    names, namespaces, multiplies = _names_used(cls)  # type: ignore[arg-type]
+    code = _code_of_class(cls)  # type: ignore[arg-type]
+    names = code.names
     looks = any(part in cls.__name__.lower() for part in ("attention", "attn"))
     # Experts ask for theirs in the same words.
     if "get_interface" in names and names & {"ALL_ATTENTION_FUNCTIONS", "AttentionInterface"}:
         return Found(name, module, "routed")
     if names & _FUNCTIONS:
-        # Modes and functions that torch does not know do not go together; sdpa has both ways.
-        way: Way = "function" if names & _OTHER_WAYS else "sdpa"
-        return Found(name, module, way, namespaces=namespaces)
-    if names & {"softmax", "Softmax"} and (multiplies or names & _PRODUCTS):
-        doubt = "" if looks else "its code multiplies and takes a softmax, but may be no attention"
-        return Found(name, module, "by hand", doubt, looks, namespaces)
-    if looks:
-        doubt = (
-            f"{cls.__name__} has attention code of its own in which no softmax or attention function was found; "
-            "call monitor.observe(...) there"
-        )
-        return Found(name, module, "by hand", doubt, True, namespaces)
-    return None
+        # The mode that follows products does not go together with functions that torch does not know or compiles.
+        way: Way = "function" if code.compiles or names & _OTHER_WAYS else "sdpa"
+        return Found(name, module, way, namespaces=code.namespaces)
+    if not looks and not (names & {"softmax", "Softmax"} and (code.multiplies or names & _PRODUCTS)):
+        return None
+    if code.compiles:
+        doubt = f"{cls.__name__} calls compiled functions, through which nothing can be followed"
+    elif not names & {"softmax", "Softmax"}:
+        doubt = f"{cls.__name__} has attention code of its own in which no softmax or attention function was found"
+    elif looks:
+        return Found(name, module, "by hand", namespaces=code.namespaces)
+    else:
+        doubt = "its code multiplies and takes a softmax, but may be no attention"
+    doubt += "; call monitor.observe(...) there"
+    return Found(name, module, "function" if code.compiles else "by hand", doubt, looks, code.namespaces)
 
 
 def _is_cross_attention(name: str, module: nn.Module) -> bool:
     return bool(getattr(module, "is_cross_attention", False)) or not _CROSS_NAMES.isdisjoint(name.split("."))
 
 
+@dataclass(frozen=True)
+class _Code:
+    """What the code of a class's methods, and of the functions they call, says.
+
+    Attributes:
+        names: that it uses.
+        namespaces: its globals, and classes, in which attention functions may be looked up.
+        multiplies: whether it uses `@`.
+        compiles: whether it calls a function that torch.compile has made.
+    """
+
+    names: frozenset[str]
+    namespaces: tuple[Any, ...]
+    multiplies: bool
+    compiles: bool
+
+
 @functools.cache
-def _names_used(cls: Any) -> tuple[frozenset[str], tuple[dict[str, Any], ...], bool]:
-    """Names in the code of a class's methods and of the functions they call, its globals, and whether it uses `@`."""
+def _code_of_class(cls: Any) -> _Code:
     names: set[str] = set()
-    namespaces: dict[int, dict[str, Any]] = {}
-    multiplies = False
+    namespaces: dict[int, Any] = {}
+    multiplies = compiles = False
     bases = [base for base in cls.__mro__ if not base.__module__.startswith("torch.")]
-    methods = [value for base in bases for value in vars(base).values() if callable(value)]
-    for function, code in _code_of(methods, depth=2):
+    members = [value for base in bases for value in vars(base).values() if callable(value)]
+    for base in bases:
+        known = {getattr(value, "__name__", "") for value in vars(base).values() if callable(value)} & _FUNCTIONS
+        names |= known
+        namespaces |= {id(base): base} if known else {}
+    for function, code in _code_of(members, depth=2):
         names.update(code.co_names)
-        namespaces[id(function.__globals__)] = function.__globals__
+        space = function.__globals__
+        namespaces[id(space)] = space
+        used = [space[name] for name in code.co_names if name in space]
+        names.update(name for value in used if (name := getattr(value, "__name__", "")) in _FUNCTIONS)
+        compiles = compiles or any(hasattr(value, "_torchdynamo_orig_callable") for value in (*used, function))
         multiplies = multiplies or any(
             instruction.opname == "BINARY_MATRIX_MULTIPLY"
             or (instruction.opname == "BINARY_OP" and instruction.argrepr.startswith("@"))
             for instruction in dis.get_instructions(code)
         )
-    return frozenset(names), tuple(namespaces.values()), multiplies
+    return _Code(frozenset(names), tuple(namespaces.values()), multiplies, compiles)
 
 
 def _code_of(callables: list[Any], *, depth: int) -> Iterator[tuple[FunctionType, CodeType]]:

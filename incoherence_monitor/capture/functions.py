@@ -18,21 +18,20 @@ import torch
 from torch import Tensor
 
 from . import products
-from .current import running
+from .current import CURRENT, running
 from .masks import starts_of
 from .taps import SWITCH, place_of, tap
 
 FLASH_WAY = "FlashAttention's own functions"
 FLEX_WAY = "torch's flex_attention"
 _HOMES = ("torch.nn.functional", "torch.nn.attention.flex_attention", "flash_attn", "flash_attn_interface")
-_replaced: list[tuple[dict[str, Any], str, Any]] = []
+_replaced: list[tuple[Any, str, Any]] = []
 _users: set[int] = set()
 
 
 def _sdpa(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     module = running()
-    # In eager code the mode sees the call itself, under whatever name.
-    if module is not None and (torch.compiler.is_compiling() or not products.following(module)):
+    if module is not None:
         products.take_sdpa(module, args, given)
 
 
@@ -107,12 +106,18 @@ TAKES: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], None]] = {
 def _watched(function: Any, take: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Any:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if SWITCH.armed:
-            if torch.compiler.is_compiling():
-                take(args, kwargs)
-            else:
-                _guarded(take, args, kwargs)
-        return function(*args, **kwargs)
+        if not SWITCH.armed or running() is None:
+            return function(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            take(args, kwargs)
+            return function(*args, **kwargs)
+        _guarded(take, args, kwargs)
+        # Whatever the function calls in its turn is accounted for.
+        CURRENT.append(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            CURRENT.pop()
 
     call._incoherence_original = function  # type: ignore[attr-defined]
     return call
@@ -128,25 +133,24 @@ def _guarded(take: Callable[[tuple[Any, ...], dict[str, Any]], None], args: Any,
             one.owner.on_error(one.name, error)
 
 
-def install(user: int, namespaces: Iterable[dict[str, Any]]) -> None:
+def install(user: int, namespaces: Iterable[Any]) -> None:
     """Replace the known functions where a capture's modules look them up.
 
     Args:
         user: identity of the capture, for `remove`.
-        namespaces: globals of the code of its modules.
+        namespaces: globals of the code of its modules, and classes.
     """
     _users.add(user)
-    homes = [vars(sys.modules[name]) for name in _HOMES if name in sys.modules]
+    homes: list[Any] = [vars(sys.modules[name]) for name in _HOMES if name in sys.modules]
     known: dict[int, Any] = {}
     for home in [*homes, *namespaces]:
-        for name, value in list(home.items()):
-            # An alias may have any name; what it is called itself says what it is.
+        for name, value in list((home if isinstance(home, dict) else vars(home)).items()):
+            # An alias may have any name; what the function itself is called says what it is.
             take = TAKES.get(getattr(value, "__name__", "")) if callable(value) else None
             if take is None or isinstance(value, type) or hasattr(value, "_incoherence_original"):
                 continue
-            watched = known.setdefault(id(value), _watched(value, take))
             _replaced.append((home, name, value))
-            home[name] = watched
+            _put(home, name, known.setdefault(id(value), _watched(value, take)))
 
 
 def remove(user: int) -> None:
@@ -155,5 +159,13 @@ def remove(user: int) -> None:
     if not _users:
         while _replaced:
             home, name, value = _replaced.pop()
-            if getattr(home.get(name), "_incoherence_original", None) is value:
-                home[name] = value
+            now = home.get(name) if isinstance(home, dict) else vars(home).get(name)
+            if getattr(now, "_incoherence_original", None) is value:
+                _put(home, name, value)
+
+
+def _put(home: Any, name: str, value: Any) -> None:
+    if isinstance(home, dict):
+        home[name] = value
+    else:
+        setattr(home, name, value)

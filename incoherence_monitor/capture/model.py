@@ -15,11 +15,11 @@ from torch import nn
 from . import current, functions, multihead, products, routed
 from .base import CallCounter, Receiver
 from .discovery import Found, find_attention, is_compiled, unwrap
-from .taps import SWITCH, Tap, TapOwner
+from .taps import ROUTED, SWITCH, Tap, TapOwner
 
 _ARMED: set[int] = set()
 _WAYS = {
-    "routed": routed.WAY,
+    "routed": ROUTED,
     "multihead": multihead.WAY,
     "function": "an attention function called by name",
     "sdpa": products.SDPA_WAY,
@@ -60,13 +60,14 @@ class ModelCapture(TapOwner):
         self._hooks: list[Any] = []
         self._root: nn.Module | None = unwrap(model)
         self._root_hook: Any = None
-        namespaces: dict[int, dict[str, Any]] = {}
+        namespaces: dict[int, Any] = {}
         for index, one in enumerate(found):
             if _selected(one.name, include, exclude):
                 self.taps.append(Tap(self, one, index, _WAYS[one.way]))
                 self._hook(one)
                 namespaces |= {id(each): each for each in one.namespaces}
-        if any(tap.way == routed.WAY for tap in self.taps):
+        self.certain = sum(not tap.doubt for tap in self.taps)
+        if any(tap.way == ROUTED for tap in self.taps):
             routed.install()
         if namespaces:
             functions.install(id(self), namespaces.values())
@@ -125,8 +126,13 @@ class ModelCapture(TapOwner):
             self.forward += 1
 
     def unseen(self) -> list[str]:
-        """Layers from which nothing has been counted since `arm`, where their code leaves no doubt of attention."""
-        return [tap.name for tap in self.taps if tap.counter.counted == 0 and not tap.doubt]
+        """Layers that are attention by their code, or all where none is for certain, not counted since `arm`."""
+        expected = [tap for tap in self.taps if not tap.doubt] or self.taps
+        return [tap.name for tap in expected if tap.counter.counted == 0]
+
+    def doubtful(self) -> dict[str, str]:
+        """Layers named after attention that have shown none since `arm`, with what their code lacks."""
+        return {tap.name: tap.doubt for tap in self.taps if tap.counter.counted == 0 and tap.doubt and tap.looks}
 
     def probable_cause(self) -> str:
         """Why watched layers may have stayed unseen in an armed step."""

@@ -5,7 +5,7 @@ it calls: it remembers the product of queries and keys and follows it through sc
 mode calls every function as it was called, so results are bit-identical; it is left when the module returns, and with
 it goes what was remembered. Never in compiled code, where modes change what is compiled.
 
-Layer 3: imports capture.current, masks and taps.
+Layer 3: imports capture.current, discovery, masks and taps.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import current
+from .discovery import is_compiled
 from .masks import allowed_on_diagonal
 from .taps import SLOT, place_of, tap
 
@@ -248,7 +249,7 @@ def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if getattr(module, SLOT, None) is None:
         return
     current.before(module, args, kwargs)
-    if torch.compiler.is_compiling() or not module.training or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not module.training or not torch.is_grad_enabled() or is_compiled(module):
         return
     first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 1), None)
     follower = _Follower(module, 0 if first is None else first.shape[0])
@@ -270,8 +271,3 @@ def leave_all() -> None:
     current.CURRENT.clear()
     while _FOLLOWERS:
         _FOLLOWERS.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
-
-
-def following(module: nn.Module) -> bool:
-    """Whether the module's torch functions are looked at now."""
-    return bool(_FOLLOWERS) and _FOLLOWERS[-1].frame.module is module

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from ..errors import MissingDependencyError
 from .taps import SLOT, SWITCH, tap
 
-WAY = "transformers' attention interface"
-
 
 @functools.cache
 def install() -> None:

@@ -24,6 +24,7 @@ from .discovery import Found
 from .masks import TokensCache, tokens, worth_knowing
 
 SLOT = "_incoherence_slot"
+ROUTED = "transformers' attention interface"
 _DECLARED = ("num_attention_heads", "num_key_value_heads", "hidden_size")
 
 
@@ -97,6 +98,8 @@ class Tap:
         declared = [getattr(config, name, None) for name in _DECLARED]
         self.declared = [value if isinstance(value, int) else None for value in declared]
         self.counter = CallCounter()
+        # Not known before the first call.
+        self.repeats = 0
 
     def arm(self) -> None:
         """Receive from here on."""
@@ -120,9 +123,13 @@ class Tap:
                 return
             use, micro = taken
             self.way = call.way or self.way
+            if self.repeats == 0:
+                self.repeats = repeats(call.key) if self.way != ROUTED else 1
             name = f"{self.name}/{use + 1}" if use else self.name
             self.owner.receiver(
-                AttentionInput(name, call.query, call.key, call.scale, call.valid, micro, starts=call.starts)
+                AttentionInput(
+                    name, call.query, call.key[:, :: self.repeats], call.scale, call.valid, micro, starts=call.starts
+                )
             )
         except Exception as error:  # Whatever goes wrong, training goes on.
             self.owner.on_error(self.name, error)
@@ -155,6 +162,27 @@ def numbered_slot(holder: Any) -> Tensor:
     number = next(_NUMBERS)
     _BY_NUMBER[number] = holder
     return torch.tensor([number, 0])
+
+
+def repeats(key: Tensor) -> int:
+    """How often each key head was repeated for its query heads before the product, as some models do themselves.
+
+    Reads back from the device, once in a layer's life.
+
+    Args:
+        key: [B, H, L, d].
+
+    Returns:
+        The largest divisor of H such that all heads in a row of so many are the same, and not zero; 1 if none.
+    """
+    heads = key.shape[1]
+    if heads == 1 or not bool(key.any()):
+        return 1
+    same = (key[:, 1:] == key[:, :-1]).transpose(0, 1).flatten(1).all(dim=1).tolist()
+    for group in range(heads, 1, -1):
+        if heads % group == 0 and all(same[at] for at in range(heads - 1) if (at + 1) % group):
+            return group
+    return 1
 
 
 def why_not(module: nn.Module, query: Tensor, key: Tensor) -> str | None:
