@@ -111,6 +111,64 @@ def test_padding_is_left_out(attention, side):
         assert torch.equal(given.valid, mask.bool())
 
 
+@pytest.mark.parametrize("told_by", ["positions", "mask", "lengths", "block mask"])
+def test_windows_stay_in_packed_documents(told_by):
+    from transformers.masking_utils import create_causal_mask
+
+    lengths = [50, 20, 60]
+    attention = {"mask": "eager", "block mask": "flex_attention"}.get(told_by, "sdpa")
+    model = tiny_model("llama", attention=attention).train().requires_grad_(attention != "flex_attention")
+    ids = torch.randint(1, 64, (1, 130))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    ends = torch.tensor([0, 50, 70, 130], dtype=torch.int32)
+    given = {"position_ids": positions}
+    if told_by in ("mask", "block mask"):
+        # The mask alone tells: positions go on over the documents.
+        embeddings = model.model.embed_tokens(ids)
+        mask = create_causal_mask(
+            config=model.config, inputs_embeds=embeddings, attention_mask=None, past_key_values=None,
+            position_ids=positions,
+        )  # fmt: skip
+        given = {"attention_mask": mask}
+    elif told_by == "lengths":
+        given = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 60, "max_length_k": 60}
+    seen = []
+    with IncoherenceMonitor(model, every=1, config=CONFIG) as monitor:
+        original = monitor._sampler.receive
+        monitor._sampler.receive = lambda one, info: (seen.append(one), original(one, info))
+        with monitor.step(0):
+            model(input_ids=ids, use_cache=False, **given)
+        monitor.flush()
+        assert not monitor.coverage().failures
+        assert len(monitor.coverage().seen) == 2
+        assert all(np.isfinite(list(monitor.latest["key_norm"].values())))
+    assert [one.starts.nonzero()[:, 1].tolist() for one in seen] == [[0, 50, 70]] * 2
+
+
+def test_a_module_that_runs_several_times_in_a_forward_is_as_many_layers():
+    from transformers import AlbertConfig, AlbertForMaskedLM
+
+    torch.manual_seed(0)
+    config = AlbertConfig(
+        vocab_size=64, embedding_size=16, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=32,
+    )  # fmt: skip
+    model = AlbertForMaskedLM(config).train()
+    with IncoherenceMonitor(model, every=1, config=CONFIG, micro_batches=2) as monitor:
+        for step in range(2):
+            with monitor.step(step):
+                for batch in batches(2):
+                    model(**batch).loss.backward()
+        assert [tap.counter.counted for tap in monitor._capture.taps] == [6]
+        coverage = monitor.coverage()
+        (name,) = (tap.name for tap in monitor._capture.taps)
+        assert coverage.seen == (name, f"{name}/2", f"{name}/3")
+        assert len(set(coverage.ways.values())) == 1
+        monitor.flush()
+        layers = monitor._pipeline.latest.layout.layers
+        assert [layer.index for layer in layers] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("kind", ["none", "reentrant", "non-reentrant"])
 def test_each_layer_counts_once_a_micro_batch(kind):
     model = tiny_model("llama").train()

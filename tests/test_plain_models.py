@@ -107,7 +107,7 @@ def test_products_by_hand_in_a_compiled_model_are_named(one_thread, caplog):
         run(model, monitor=monitor, steps=2, call=torch.compile(model))
         assert not monitor.coverage().seen
     (told,) = [record.message for record in caplog.records if "should have been seen" in record.message]
-    assert "by hand, which only monitor.observe(...) reaches" in told
+    assert "multiplied by hand are reached by monitor.observe(...) only" in told
 
 
 def test_key_heads_that_the_model_repeats_are_taken_once():

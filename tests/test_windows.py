@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from incoherence_monitor import MonitorConfig
-from incoherence_monitor.windows import WindowPlan, choose_window, extend_plan, rank_share, select_windows
+from incoherence_monitor.windows import (
+    WindowPlan,
+    choose_window,
+    document_runs,
+    extend_plan,
+    rank_share,
+    select_windows,
+)
 
 CPU = torch.device("cpu")
 
@@ -142,3 +149,61 @@ def test_all_windows_start_at_zero_where_sequences_are_one_window_long():
 def test_a_batch_that_holds_few_windows_has_both_kinds():
     assert extend_plan(WindowPlan(32), batch=4, length=48, share=(4, 4), micro_batches=1).parts == ((2, 2),)
     assert extend_plan(WindowPlan(32), batch=1, length=300, share=(4, 4), micro_batches=1).parts == ((1, 7),)
+
+
+def documents(lengths, padding, rows):
+    """[rows, sum(lengths) + padding]: the same documents in each row, padding at the end."""
+    length = sum(lengths) + padding
+    starts = torch.zeros(rows, length, dtype=torch.bool)
+    starts[:, torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
+    valid = torch.arange(length).expand(rows, length) < sum(lengths)
+    number = torch.where(valid, starts.cumsum(dim=1), -1)
+    return starts, valid, number
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 90), min_size=1, max_size=8),
+    st.integers(0, 40),
+    st.integers(1, 3),
+    st.integers(0, 5),
+    st.integers(0, 5),
+    st.integers(0, 1000),
+)
+def test_windows_never_straddle_documents(lengths, padding, rows, at_start, at_offset, seed):
+    starts, valid, number = documents(lengths, padding, rows)
+    chosen = select_windows(
+        batch=rows, length=starts.shape[1], window=32, part=(at_start, at_offset), valid=valid, device=CPU,
+        seed=(seed,), document_starts=starts,
+    )  # fmt: skip
+    if chosen is None:
+        assert at_start + at_offset == 0 or starts.shape[1] < 32
+        return
+    fits = any(length >= 32 for length in lengths)
+    assert chosen.keep.tolist() == [fits] * (at_start + at_offset)
+    for window, (row, places) in enumerate(zip(chosen.rows, chosen.positions, strict=True)):
+        if fits:
+            assert len(set(number[row, places].tolist())) == 1
+            assert number[row, places[0]] > 0
+            assert places.diff().eq(1).all()
+            assert window >= at_start or starts[row, places[0]]
+
+
+def test_every_place_in_a_packed_batch_can_be_drawn():
+    starts, valid, _ = documents([40, 10, 35], 3, 2)
+    seen = set()
+    for seed in range(400):
+        chosen = select_windows(
+            batch=2, length=88, window=32, part=(0, 2), valid=valid, device=CPU, seed=(seed,), document_starts=starts
+        )
+        seen |= {(int(row), int(places[0])) for row, places in zip(chosen.rows, chosen.positions, strict=True)}
+    assert seen == {(row, place) for row in range(2) for place in [*range(9), *range(50, 54)]}
+
+
+def test_runs_of_documents():
+    starts = torch.tensor([[True, False, True, False, False, True]])
+    valid = torch.tensor([[False, True, True, True, True, True]])
+    begins, remaining = document_runs(starts, valid)
+    assert begins.tolist() == [[False, True, True, False, False, True]]
+    assert remaining.tolist() == [[0, 1, 3, 2, 1, 1]]
+    assert document_runs(starts, None)[1].tolist() == [[2, 1, 3, 2, 1, 1]]

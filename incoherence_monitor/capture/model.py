@@ -146,8 +146,8 @@ class ModelCapture(TapOwner):
             return "their calls were left out: " + "; ".join(sorted(reasons))
         return (
             "no attention call of theirs came by in this step; the step ran no forward inside "
-            "`with monitor.step(...)`, the layers were not used, or the model is compiled and multiplies queries and "
-            "keys by hand, which only monitor.observe(...) reaches"
+            "`with monitor.step(...)`, the layers were not used, or the model is compiled: then it must not run before "
+            "the monitor is attached, and queries and keys multiplied by hand are reached by monitor.observe(...) only"
         )
 
 
