@@ -21,7 +21,7 @@ FRAMES = 320
 SAMPLES = 16000
 
 
-def candidates(model: nn.Module, *, labels: bool) -> Iterator[dict[str, Tensor]]:
+def candidates(model: nn.Module, *, labels: bool) -> Iterator[dict[str, Any]]:
     """Inputs to try in turn until a training step runs, the richest first.
 
     Args:
@@ -40,11 +40,15 @@ def candidates(model: nn.Module, *, labels: bool) -> Iterator[dict[str, Tensor]]
         yield from (text for text in texts if text)
 
 
-def _texts(model: Any, names: set[str], labels: bool) -> Iterator[dict[str, Tensor]]:
+def _texts(model: Any, names: set[str], labels: bool) -> Iterator[dict[str, Any]]:
     highest = min(FIRST_SPECIAL, _config_value(model, ("vocab_size",), FIRST_SPECIAL))
     ids = torch.randint(3, highest, (BATCH, TEXT))
     targets = torch.randint(3, highest, (BATCH, TARGET))
     encoder = {"input_ids": ids} if "input_ids" in names else {}
+    if "bbox" in names:
+        encoder["bbox"] = torch.zeros(BATCH, TEXT, 8 if model.config.model_type == "bros" else 4, dtype=torch.long)
+    if "qformer_input_ids" in names:
+        encoder["qformer_input_ids"] = ids
     if "decoder_input_ids" in names:
         if labels and "labels" in names:
             yield {**encoder, "labels": targets}
@@ -56,9 +60,11 @@ def _texts(model: Any, names: set[str], labels: bool) -> Iterator[dict[str, Tens
             yield {**encoder, "labels": ids}
         yield encoder
         yield {**encoder, "attention_mask": torch.ones_like(ids)}
+        yield {**encoder, "labels": ids, "use_cache": False}
+        yield {**encoder, "mm_token_type_ids": torch.zeros_like(ids)}
 
 
-def _others(model: Any, names: set[str]) -> Iterator[dict[str, Tensor]]:
+def _others(model: Any, names: set[str]) -> Iterator[dict[str, Any]]:
     if "pixel_values" in names and "grid_thw" not in names:
         yield from _pictures(model, names)
     if "pixel_values_videos" in names and "pixel_values" not in names:
@@ -76,8 +82,6 @@ def _others(model: Any, names: set[str]) -> Iterator[dict[str, Tensor]]:
             for mask in ("attention_mask", "input_features_mask", "feature_attention_mask"):
                 if mask in names and not ("input_ids" in names and mask == "attention_mask"):
                     yield {"input_features": features, mask: torch.ones(BATCH, FRAMES, dtype=torch.long)}
-    if "bbox" in names:
-        yield {"bbox": torch.zeros(BATCH, TEXT, 8 if model.config.model_type == "bros" else 4, dtype=torch.long)}
     if "input_values" in names:
         yield {"input_values": torch.randn(BATCH, SAMPLES)}
         yield {"input_values": torch.randn(BATCH, 1, SAMPLES)}
@@ -87,7 +91,7 @@ def _others(model: Any, names: set[str]) -> Iterator[dict[str, Tensor]]:
         yield from _series(model, names)
 
 
-def _pictures(model: Any, names: set[str]) -> Iterator[dict[str, Tensor]]:
+def _pictures(model: Any, names: set[str]) -> Iterator[dict[str, Any]]:
     channels = _config_value(model, ("num_channels", "in_channels", "in_chans"), 3)
     side = _config_value(model, ("image_size", "crop_size"), 112)
     high, wide = side[-2:] if isinstance(side, (list, tuple)) else (side, side)
@@ -96,6 +100,11 @@ def _pictures(model: Any, names: set[str]) -> Iterator[dict[str, Tensor]]:
         patches, grid = _patches(model)
         yield {"pixel_values": patches, "image_grid_thw": grid}
         return
+    if "spatial_shapes" in names:
+        shapes = torch.tensor([[GRID, GRID]] * BATCH)
+        patches = _patches(model)[0].view(BATCH, GRID * GRID, -1)
+        mask = torch.ones(patches.shape[:2], dtype=torch.long)
+        yield {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
     picture = torch.randn(BATCH, channels, high, wide)
     if "image_sizes" in names:
         sizes = torch.tensor([[high, wide]] * BATCH)
@@ -137,7 +146,7 @@ def _with_picture_tokens(model: Any, text: dict[str, Any], other: dict[str, Any]
     return result
 
 
-def _series(model: Any, names: set[str]) -> Iterator[dict[str, Tensor]]:
+def _series(model: Any, names: set[str]) -> Iterator[dict[str, Any]]:
     config = model.config
     length = _config_value(model, ("context_length",), 48)
     length = length or config.prediction_length

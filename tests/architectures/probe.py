@@ -7,8 +7,8 @@ The rule. A forward hook on every module says which one is running. Under a `Tor
 It belongs to the innermost running module that has parameters (so not to `nn.Softmax` and other helpers).
 It is cross-attention, and left out, where the module says so (`is_cross_attention`), where its name does ("cross",
 "encoder_attn", "EncDec"), or where it was called with two sequences of hidden states of different lengths; encoder and
-decoder are fed different lengths for that reason. Attention by other means (linear attention, state spaces, products
-normalised by anything but a softmax) is none here.
+decoder are fed different lengths for that reason. Pooling, with a single query, is left out too. Attention by other
+means (linear attention, state spaces, products normalised by anything but a softmax) is none here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bm
             torch.einsum, torch.functional.einsum}  # fmt: skip
 SOFTMAXES = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
 CROSS_NAMES = ("cross", "encoder_attn", "encdec", "encoder_decoder", "text_attn", "vision_attn_layer")
-OTHER_INPUTS = ("pos", "mask", "bias", "cos", "sin", "rope", "rotary", "residual", "relative")
+OTHER_INPUTS = ("pos", "mask", "bias", "cos", "sin", "rope", "rotary", "residual", "relative", "alibi")
 
 
 @dataclass
@@ -107,7 +107,7 @@ class _Watch(TorchFunctionMode):
         return None
 
     def _found(self, frame: _Frame, product: str, queries: int, keys: int) -> None:
-        if _is_cross(frame):
+        if queries == 1 or _is_cross(frame):
             self.cross.add(frame.name)
             return
         layer = self.found.setdefault(frame.name, SelfAttention(type(frame.module).__name__))

@@ -6,15 +6,17 @@ import gc
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
 from incoherence_monitor import IncoherenceMonitor, MonitorConfig
+from incoherence_monitor.dashboard import Dashboard
 from incoherence_monitor.errors import ModelError
 
 from .inputs import candidates, loss_of
@@ -26,6 +28,12 @@ STEPS = 3
 LARGEST_MODEL = 50_000_000
 SECONDS_EACH = 60
 INTERFACE = "transformers' interface"
+FAST = [
+    "llama", "gpt2", "deepseek_v3", "gpt_oss", "gemma2", "gemma3", "qwen3", "olmo2", "mixtral", "jamba", "bert", "t5",
+    "bart", "vit", "qwen2_vl", "whisper", "falcon", "bloom", "deberta-v2",
+]  # fmt: skip
+"""Families of every kind, swept at each run: plain, latent attention, sinks, soft-capping,
+sliding windows, QK-norm, mixture of experts, hybrid, encoder, encoder-decoder, vision, vision-text, audio, own code."""
 
 
 @dataclass
@@ -37,13 +45,15 @@ class Outcome:
         error: why it could not be built or trained, or None.
         model: class of the model.
         attention: attention implementation.
-        there: self-attention layers the probe found in a training step.
+        there: self-attention layers the probe found in a training step, called with a window's tokens at least.
+        short: those that got fewer.
         seen: those of them that the monitor has seen.
         told: those that `coverage()` says are out of reach or yielded nothing, with why.
-        missed: those it says nothing of.
+        missed: layers it says nothing of.
         ways: how the seen ones were reached.
         headless: seen layers where a head has no finite record.
-        driven_by: "Trainer" or "monitor".
+        failures: what the monitor failed at; nothing in a healthy one.
+        driven_by: "Trainer", or "plain loop" where the Trainer cannot.
     """
 
     model_type: str
@@ -51,11 +61,13 @@ class Outcome:
     model: str = ""
     attention: str = ""
     there: dict[str, SelfAttention] = field(default_factory=dict)
+    short: dict[str, SelfAttention] = field(default_factory=dict)
     seen: tuple[str, ...] = ()
     told: dict[str, str] = field(default_factory=dict)
     missed: tuple[str, ...] = ()
     ways: tuple[str, ...] = ()
     headless: tuple[str, ...] = ()
+    failures: tuple[str, ...] = ()
     driven_by: str = ""
 
     @property
@@ -76,6 +88,7 @@ def model_types() -> dict[str, list[str]]:
     classes = {
         "AutoModelForImageTextToText": auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         "AutoModelForSeq2SeqLM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForSpeechSeq2Seq": auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
         "AutoModelForMaskedLM": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         "AutoModelForCausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "AutoModel": auto.MODEL_MAPPING_NAMES,
@@ -86,13 +99,8 @@ def model_types() -> dict[str, list[str]]:
     }
 
 
-def run(model_type: str, *, trainer: bool = True) -> Outcome:
-    """Sweep one type; whatever goes wrong in building it is told in the outcome.
-
-    Args:
-        model_type: name of the type.
-        trainer: drive the steps with a transformers Trainer and the callback; False for a plain loop.
-    """
+def run(model_type: str) -> Outcome:
+    """Sweep one type; whatever goes wrong is told in the outcome."""
     outcome = Outcome(model_type)
     try:
         with _time_limit(SECONDS_EACH):
@@ -107,8 +115,9 @@ def run(model_type: str, *, trainer: bool = True) -> Outcome:
         gc.collect()
     outcome.model = type(model).__name__
     outcome.attention = str(getattr(model.config, "_attn_implementation", None) or "eager")
-    outcome.there = there
-    _watch(model, batch, outcome, trainer=trainer)
+    outcome.there = {name: layer for name, layer in there.items() if layer.longest >= WINDOW}
+    outcome.short = {name: layer for name, layer in there.items() if layer.longest < WINDOW}
+    _watch(model, batch, outcome)
     return outcome
 
 
@@ -150,23 +159,28 @@ def _first_that_trains(model: nn.Module, *, labels: bool) -> dict[str, Any]:
     raise errors[0] if errors else ValueError("no inputs are known for it")
 
 
-def _watch(model: nn.Module, batch: dict[str, Any], outcome: Outcome, *, trainer: bool) -> None:
+def _watch(model: nn.Module, batch: dict[str, Any], outcome: Outcome) -> None:
     config = MonitorConfig(window=WINDOW)
     try:
-        if trainer:
+        try:
             with tempfile.TemporaryDirectory() as folder:
                 monitor = _with_trainer(model, batch, config, folder)
             outcome.driven_by = "Trainer"
-        else:
+        except ModelError:
+            raise
+        except Exception:
+            # Some models the Trainer cannot drive; what the monitor itself does wrong shows again in a plain loop.
             monitor = IncoherenceMonitor(model, every=1, config=config)
             _plain_loop(model, batch, monitor)
-            outcome.driven_by = "monitor"
+            outcome.driven_by = "plain loop"
+        _compare(monitor, outcome)
+        outcome.failures = tuple(f"{kind}, {count} times" for kind, count in monitor.coverage().failures.items())
+        monitor.close()
     except ModelError as error:
         # Nothing can be watched, and that is said when the monitor is made.
         outcome.told = dict.fromkeys(outcome.there, str(error))
-        return
-    _compare(monitor, outcome)
-    monitor.close()
+    except Exception as error:
+        outcome.failures = (_first_line(error),)
 
 
 def _with_trainer(model: nn.Module, batch: dict[str, Any], config: MonitorConfig, folder: str) -> IncoherenceMonitor:
@@ -181,11 +195,17 @@ def _with_trainer(model: nn.Module, batch: dict[str, Any], config: MonitorConfig
 
     arguments = transformers.TrainingArguments(
         folder, max_steps=STEPS, per_device_train_batch_size=1, learning_rate=1e-4, save_strategy="no", report_to=[],
-        use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, logging_strategy="no", remove_unused_columns=False,
+        use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, logging_strategy="no",
+        remove_unused_columns=False,
     )  # fmt: skip
     callback = IncoherenceCallback(every=1, config=config, trackers=())
+    # One row a step; what the model gets is the batch above.
     data = [{"step": torch.tensor(step)} for step in range(STEPS)]
-    SameBatch(model, arguments, train_dataset=data, callbacks=[callback]).train()
+    trainer = SameBatch(model, arguments, train_dataset=data, callbacks=[callback])
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    # What is swept is the capture: no pictures, which would take most of the time.
+    with mock.patch.object(Dashboard, "_wants_pictures", return_value=False):
+        trainer.train()
     assert callback.monitor is not None
     return callback.monitor
 
@@ -204,6 +224,10 @@ def _compare(monitor: IncoherenceMonitor, outcome: Outcome) -> None:
     coverage = monitor.coverage()
     ways = getattr(coverage, "ways", {})
     seen, missed = {}, []
+    for name in outcome.short:
+        # Too short for a window, but the monitor has to know of the layer and to say that something was skipped.
+        known = any(_same(name, other) for other in (*coverage.watched, *coverage.out_of_reach))
+        missed += [] if known and (coverage.skipped or coverage.out_of_reach) else [name]
     for name in outcome.there:
         matched = [other for other in coverage.seen if _same(name, other)]
         reasons = [why for other, why in coverage.out_of_reach.items() if _same(name, other)]
@@ -246,21 +270,15 @@ def _time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def sweep(types: list[str], *, trainer: frozenset[str] = frozenset(), show: bool = False) -> list[Outcome]:
-    """Sweep several types one after the other, letting go of each before the next.
-
-    Args:
-        types: names of the types.
-        trainer: those that a Trainer shall drive; the others run in a plain loop.
-        show: print each outcome, with its time.
-    """
+def sweep(types: Iterable[str], *, show: bool = False) -> list[Outcome]:
+    """Sweep several types one after the other, letting go of each before the next; `show` prints each with its time."""
     outcomes = []
     for model_type in types:
         began = time.monotonic()
-        outcome = run(model_type, trainer=model_type in trainer)
+        outcome = run(model_type)
         outcomes.append(outcome)
         if show:
-            found = f"{len(outcome.seen)}/{len(outcome.there)}"
-            print(f"{model_type:<40}{outcome.error or found} {time.monotonic() - began:.1f} s", flush=True)
+            found = outcome.error or f"{len(outcome.seen)}/{len(outcome.there)}"
+            print(f"{model_type:<40}{found}, {time.monotonic() - began:.1f} s", flush=True)
         gc.collect()
     return outcomes
