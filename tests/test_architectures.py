@@ -17,6 +17,7 @@ from .models import batches, tiny_model
 def assert_honest(outcome: Outcome) -> None:
     assert outcome.missed == (), f"{outcome.model_type}: neither seen nor out of reach"
     assert outcome.failures == (), outcome.model_type
+    assert outcome.strangers == (), f"{outcome.model_type}: watched, and no attention"
     assert outcome.headless == (), f"{outcome.model_type}: seen, but a head has no finite record"
     if outcome.routed:
         assert outcome.fully_seen, (
@@ -46,6 +47,8 @@ def test_every_type_that_can_be_built():
     assert missed == {}
     failures = {outcome.model_type: outcome.failures for outcome in outcomes if outcome.failures}
     assert failures == {}
+    strangers = {outcome.model_type: outcome.strangers for outcome in outcomes if outcome.strangers}
+    assert strangers == {}
     headless = {outcome.model_type: outcome.headless for outcome in outcomes if outcome.headless}
     assert headless == {}
     routed = [outcome for outcome in found if outcome.routed]
@@ -79,25 +82,27 @@ class Named(torch.nn.Module):
 def test_the_probe_finds_what_a_step_uses(product):
     model = torch.nn.ModuleDict({"own": Named(product), "unused": Named(product)})
     hidden = torch.randn(2, 40, 8)
-    with self_attention(model) as found:
+    with self_attention(model) as step:
         model["own"](hidden)
         model["own"](hidden)
     expected = {"MultiheadAttention": ["own.multihead"], "no softmax": []}.get(product, ["own"])
-    assert list(found) == expected
-    for layer in found.values():
+    assert list(step.layers) == expected
+    for layer in step.layers.values():
         assert (layer.calls, layer.longest, layer.products, layer.routed) == (2, 40, {product}, False)
     # Queries and keys of different sequences are cross-attention.
-    with self_attention(model) as found:
+    with self_attention(model) as step:
         model["own"](hidden, torch.randn(2, 48, 8))
-    assert list(found) == []
+    assert list(step.layers) == []
+    assert "own" in step.ran
+    assert "unused" not in step.ran
 
 
 def test_the_probe_tells_routed_layers():
     model = tiny_model("llama").train()
-    with self_attention(model) as found:
+    with self_attention(model) as step:
         model(**batches(1)[0]).loss.backward()
-    assert list(found) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-    assert all(layer.routed and layer.calls == 1 and layer.longest == 48 for layer in found.values())
+    assert list(step.layers) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert all(layer.routed and layer.calls == 1 and layer.longest == 48 for layer in step.layers.values())
 
 
 def test_the_page_counts_what_was_found():

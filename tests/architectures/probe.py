@@ -54,6 +54,21 @@ class SelfAttention:
 
 
 @dataclass
+class Step:
+    """What a step used.
+
+    Attributes:
+        layers: self-attention layers, by their names in the model.
+        cross: modules that made the product of cross-attention or of pooling.
+        ran: every module that ran.
+    """
+
+    layers: dict[str, SelfAttention] = field(default_factory=dict)
+    cross: set[str] = field(default_factory=set)
+    ran: set[str] = field(default_factory=set)
+
+
+@dataclass
 class _Frame:
     name: str
     module: nn.Module
@@ -65,8 +80,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.frames: list[_Frame] = []
-        self.found: dict[str, SelfAttention] = {}
-        self.cross: set[str] = set()
+        self.step = Step()
         self.inside_interface = 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -98,6 +112,7 @@ class _Watch(TorchFunctionMode):
         frame = self._running()
         if own and frame is not None and frame.multiplied and args[0].dim() >= 3:
             self._found(frame, "matmul and softmax", args[0].shape[-2], args[0].shape[-1])
+        self.step.ran.add(name)
         self.frames.append(_Frame(name, module, _arguments(module, args, kwargs)))
 
     def _running(self) -> _Frame | None:
@@ -108,9 +123,9 @@ class _Watch(TorchFunctionMode):
 
     def _found(self, frame: _Frame, product: str, queries: int, keys: int) -> None:
         if queries == 1 or _is_cross(frame):
-            self.cross.add(frame.name)
+            self.step.cross.add(frame.name)
             return
-        layer = self.found.setdefault(frame.name, SelfAttention(type(frame.module).__name__))
+        layer = self.step.layers.setdefault(frame.name, SelfAttention(type(frame.module).__name__))
         layer.products.add(product)
         layer.calls += 1
         layer.longest = max(layer.longest, queries)
@@ -151,8 +166,8 @@ def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def self_attention(model: nn.Module) -> Iterator[dict[str, SelfAttention]]:
-    """Note the self-attention layers that the steps inside use, by their names in the model."""
+def self_attention(model: nn.Module) -> Iterator[Step]:
+    """Note what the steps inside use."""
     from transformers.modeling_utils import AttentionInterface
 
     watch = _Watch()
@@ -179,4 +194,4 @@ def self_attention(model: nn.Module) -> Iterator[dict[str, SelfAttention]]:
         AttentionInterface.get_interface = get_interface
         stack.callback(setattr, AttentionInterface, "get_interface", given_out)
         stack.enter_context(watch)
-        yield watch.found
+        yield watch.step

@@ -26,8 +26,8 @@ SIZES = {
     "intermediate_size moe_intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff d_inner n_inner"
     " ffn_hidden_size expert_ffn_hidden_size shared_expert_intermediate_size shared_intermediate_size"
     " intermediate_size_mlp dense_intermediate_size decoder_intermediate_size encoder_intermediate_size"
-    " moe_shared_expert_intermediate_size dim_feedforward encoder_dim_feedforward decoder_dim_feedforward feed_forward_size moe_hidden_size"
-    " prediction_head_size entity_vocab_size additional_vocab_size": 64,
+    " moe_shared_expert_intermediate_size dim_feedforward encoder_dim_feedforward decoder_dim_feedforward"
+    " feed_forward_size moe_hidden_size prediction_head_size entity_vocab_size additional_vocab_size": 64,
     "num_experts num_local_experts n_routed_experts moe_num_experts": 4,
     "num_experts_per_tok moe_topk moe_k num_selected_experts": 2,
     "n_group topk_group first_k_dense_replace num_dense_layers n_shared_experts num_shared_experts"

@@ -20,7 +20,7 @@ from incoherence_monitor.dashboard import Dashboard
 from incoherence_monitor.errors import ModelError
 
 from .inputs import candidates, loss_of
-from .probe import SelfAttention, self_attention
+from .probe import SelfAttention, Step, self_attention
 from .shrink import tiny_config
 
 WINDOW = 32
@@ -51,6 +51,7 @@ class Outcome:
         told: those that `coverage()` says are out of reach or yielded nothing, with why.
         missed: layers it says nothing of.
         ways: how the seen ones were reached.
+        strangers: watched modules that ran and are no attention.
         headless: seen layers where a head has no finite record.
         failures: what the monitor failed at; nothing in a healthy one.
         driven_by: "Trainer", or "plain loop" where the Trainer cannot.
@@ -66,6 +67,7 @@ class Outcome:
     told: dict[str, str] = field(default_factory=dict)
     missed: tuple[str, ...] = ()
     ways: tuple[str, ...] = ()
+    strangers: tuple[str, ...] = ()
     headless: tuple[str, ...] = ()
     failures: tuple[str, ...] = ()
     driven_by: str = ""
@@ -105,7 +107,7 @@ def run(model_type: str) -> Outcome:
     try:
         with _time_limit(SECONDS_EACH):
             model, batch = _build(model_type)
-            with self_attention(model) as there:
+            with self_attention(model) as step:
                 loss_of(model(**batch)).backward()
             model.zero_grad()
     except Exception as error:
@@ -115,9 +117,9 @@ def run(model_type: str) -> Outcome:
         gc.collect()
     outcome.model = type(model).__name__
     outcome.attention = str(getattr(model.config, "_attn_implementation", None) or "eager")
-    outcome.there = {name: layer for name, layer in there.items() if layer.longest >= WINDOW}
-    outcome.short = {name: layer for name, layer in there.items() if layer.longest < WINDOW}
-    _watch(model, batch, outcome)
+    outcome.there = {name: layer for name, layer in step.layers.items() if layer.longest >= WINDOW}
+    outcome.short = {name: layer for name, layer in step.layers.items() if layer.longest < WINDOW}
+    _watch(model, batch, step, outcome)
     return outcome
 
 
@@ -159,7 +161,7 @@ def _first_that_trains(model: nn.Module, *, labels: bool) -> dict[str, Any]:
     raise errors[0] if errors else ValueError("no inputs are known for it")
 
 
-def _watch(model: nn.Module, batch: dict[str, Any], outcome: Outcome) -> None:
+def _watch(model: nn.Module, batch: dict[str, Any], step: Step, outcome: Outcome) -> None:
     config = MonitorConfig(window=WINDOW)
     try:
         try:
@@ -173,7 +175,7 @@ def _watch(model: nn.Module, batch: dict[str, Any], outcome: Outcome) -> None:
             monitor = IncoherenceMonitor(model, every=1, config=config)
             _plain_loop(model, batch, monitor)
             outcome.driven_by = "plain loop"
-        _compare(monitor, outcome)
+        _compare(monitor, step, outcome)
         outcome.failures = tuple(f"{kind}, {count} times" for kind, count in monitor.coverage().failures.items())
         monitor.close()
     except ModelError as error:
@@ -219,7 +221,7 @@ def _plain_loop(model: nn.Module, batch: dict[str, Any], monitor: IncoherenceMon
         optimizer.zero_grad()
 
 
-def _compare(monitor: IncoherenceMonitor, outcome: Outcome) -> None:
+def _compare(monitor: IncoherenceMonitor, step: Step, outcome: Outcome) -> None:
     norms = monitor.latest.get("key_norm", {})
     coverage = monitor.coverage()
     ways = getattr(coverage, "ways", {})
@@ -238,6 +240,10 @@ def _compare(monitor: IncoherenceMonitor, outcome: Outcome) -> None:
         else:
             missed.append(name)
     outcome.seen, outcome.missed = tuple(seen), tuple(missed)
+    attention = {*step.layers, *step.cross}
+    outcome.strangers = tuple(
+        name for name in coverage.watched if name in step.ran and not any(_same(name, other) for other in attention)
+    )
     found = {other for matched in seen.values() for other in matched}
     outcome.ways = tuple(sorted({str(ways.get(other, INTERFACE)) for other in found}))
     values = {name: [norm for (layer, _), norm in norms.items() if layer == name] for name in found}
