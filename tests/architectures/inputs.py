@@ -18,7 +18,7 @@ TARGET = 40
 GRID = 8
 """Patches a side of a picture given as flat patches."""
 FRAMES = 320
-SAMPLES = 16000
+SAMPLES = 12000
 
 
 def candidates(model: nn.Module, *, labels: bool) -> Iterator[dict[str, Any]]:
@@ -75,7 +75,7 @@ def _others(model: Any, names: set[str]) -> Iterator[dict[str, Any]]:
         yield {first: patches, "grid_thw": grid}
     if "input_features" in names:
         mel = _config_value(model, ("num_mel_bins", "n_mels", "input_feat_per_channel", "feature_projection_input_dim",
-                                    "input_feat_size", "input_dim", "mel_bins"), 80)  # fmt: skip
+                                    "input_feat_size", "input_dim", "mel_bins"), 128)  # fmt: skip
         for shape in ((BATCH, mel, FRAMES), (BATCH, FRAMES, mel)):
             features = torch.randn(shape)
             yield {"input_features": features}
@@ -100,6 +100,9 @@ def _pictures(model: Any, names: set[str]) -> Iterator[dict[str, Any]]:
         patches, grid = _patches(model)
         yield {"pixel_values": patches, "image_grid_thw": grid}
         return
+    if "image_attention_mask" in names:
+        mask = torch.ones(BATCH, TEXT, 1, dtype=torch.long)
+        yield {"pixel_values": torch.randn(BATCH, 1, channels, high, wide), "image_attention_mask": mask}
     if "spatial_shapes" in names:
         shapes = torch.tensor([[GRID, GRID]] * BATCH)
         patches = _patches(model)[0].view(BATCH, GRID * GRID, -1)

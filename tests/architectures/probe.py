@@ -40,7 +40,7 @@ class SelfAttention:
         kind: class of the module.
         products: how the product was made: "sdpa", "MultiheadAttention" or "matmul and softmax".
         calls: how often in one step.
-        longest: the most queries a call had.
+        longest: the most tokens a call had: its queries, or the hidden states where these are taken in blocks.
         other_length: whether queries and keys differed in length in every call.
         routed: whether every product was made inside a function that transformers' interface gave out.
     """
@@ -128,7 +128,7 @@ class _Watch(TorchFunctionMode):
         layer = self.step.layers.setdefault(frame.name, SelfAttention(type(frame.module).__name__))
         layer.products.add(product)
         layer.calls += 1
-        layer.longest = max(layer.longest, queries)
+        layer.longest = max(layer.longest, queries, *_lengths(frame))
         layer.other_length &= queries != keys
         layer.routed &= self.inside_interface > 0
 
@@ -149,13 +149,17 @@ def _is_cross(frame: _Frame) -> bool:
     said = f"{frame.name} {type(frame.module).__name__}".lower()
     if getattr(frame.module, "is_cross_attention", False) or any(name in said for name in CROSS_NAMES):
         return True
-    lengths = {
+    return len(_lengths(frame)) > 1
+
+
+def _lengths(frame: _Frame) -> set[int]:
+    """Lengths of the sequences of hidden states a module was called with."""
+    return {
         value.shape[-2]
         for name, value in frame.given.items()
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() in (3, 4)
         if not any(other in name for other in OTHER_INPUTS)
     }
-    return len(lengths) > 1
 
 
 def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

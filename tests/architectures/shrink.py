@@ -35,7 +35,7 @@ SIZES = {
     "index_n_heads linear_num_key_heads linear_num_value_heads linear_num_heads": 4,
     "index_topk": 16,
     "max_position_embeddings n_positions max_seq_len max_sequence_length": 128,
-    "max_source_positions": 64,
+    "max_source_positions": 160,
     "vocab_size vocab_size_per_layer_input char_vocab_size": VOCABULARY,
     "hidden_size_per_layer_input": 16,
     "mamba_chunk_size chunk_size mamba_d_state ssm_state_size": 16,
@@ -76,7 +76,6 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
     "blip-2": {"image_token_index": 200},
-    "blt": {"encoder_hash_byte_group_vocab": 500},
     "chameleon": {"vocabulary_map": {"<image>": 200}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "cosmos3_edge_text": {"rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}},
@@ -85,11 +84,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1,
               "n_group": 1, "topk_group": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
-    "ernie4_5_vl_moe_text": {"rope_parameters": {**ROPE, "mrope_section": [2, 2, 4]}},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0, "mask_token_id": 3},
     "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
     "gemma3n_text": {"num_kv_shared_layers": 0},
-    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -103,7 +100,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mimi": {"upsample_groups": 64},
     "ministral": {"head_dim": 16},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
-    "nemo_speechlm": {"head_config.audio_hidden_size": 64},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2},
     "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32,
@@ -184,7 +180,7 @@ def _fit_rope(config: Any) -> None:
         return
     head = _value(config, "head_dim") or config.hidden_size // config.num_attention_heads
     half = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
-    rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+    rope["mrope_section"] = [half // 3, half // 3, half - 2 * (half // 3)]
 
 
 def _is_config(value: Any) -> bool:
