@@ -25,3 +25,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Draw no head map, which takes seconds and is tested elsewhere."""
+    from incoherence_monitor.dashboard import Dashboard
+
+    monkeypatch.setattr(Dashboard, "_wants_pictures", lambda self: False)
