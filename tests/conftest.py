@@ -27,9 +27,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
+@pytest.fixture(scope="module")
+def no_pictures():
     """Draw no head map, which takes seconds and is tested elsewhere."""
     from incoherence_monitor.dashboard import Dashboard
 
-    monkeypatch.setattr(Dashboard, "_wants_pictures", lambda self: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dashboard, "_wants_pictures", lambda self: False)
+        yield

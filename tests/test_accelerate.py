@@ -17,6 +17,8 @@ from incoherence_monitor import IncoherenceMonitor, MonitorConfig
 
 from .models import batches, tiny_model, weights
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 CONFIG = MonitorConfig(window=32, baseline_samples=28)
 MICRO_BATCHES = 2
 
@@ -106,7 +108,7 @@ def run(folder, *, stop=46, resume=None, save_at=(), break_at=36, watch=True, lo
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def unbroken(tmp_path_factory, no_pictures):
     return run(tmp_path_factory.mktemp("unbroken"))
 
 
