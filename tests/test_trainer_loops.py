@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from .models import batches, tiny_model
-from .trainers import CountingCallback, assert_alike, outcome, quiet_arguments, watch
+from .trainers import CountingCallback, compare, quiet_arguments
 
 pytestmark = pytest.mark.usefixtures("no_pictures", "one_thread")
 
@@ -21,20 +21,6 @@ def make_trainer(folder, cls=transformers.Trainer, *, data=DATA, attention="sdpa
     args = transformers.TrainingArguments(**quiet_arguments(folder, **arguments))
     model = tiny_model("llama", attention=attention, dropout=0.1)
     return cls(model, args, train_dataset=data, eval_dataset=DATA[:8])
-
-
-def run_thrice(folder, make):
-    """Two runs without the monitor and one with it, compared; returns the watched one and its callback."""
-    ends = []
-    for name in ("plain", "again"):
-        trainer = make(folder / name)
-        trainer.train()
-        ends.append(outcome(trainer))
-    assert_alike(*ends)
-    watched = make(folder / "watched")
-    callback = watch(watched)
-    assert_alike(ends[0], outcome(watched))
-    return watched, callback
 
 
 @pytest.mark.parametrize(
@@ -54,51 +40,55 @@ def run_thrice(folder, make):
     ),
 )
 def test_bit_identical_and_counted_once_a_micro_batch(tmp_path, arguments):
-    _, callback = run_thrice(tmp_path, lambda folder: make_trainer(folder, gradient_accumulation_steps=2, **arguments))
+    callback, _ = compare(tmp_path, lambda folder: make_trainer(folder, gradient_accumulation_steps=2, **arguments))
     assert callback.every_layer() == [2, 2, 2, 2]
     assert callback.monitor.samples == 4
 
 
+# Ahead-of-time tracing alone takes seconds and has the same guards and graphs; Inductor takes a minute a run.
+COMPILED = [
+    {"bf16": True, "gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2},
+    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    {},
+]
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "backend"),
     [
-        {},
-        {"bf16": True, "gradient_accumulation_steps": 2},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"eval_strategy": "steps", "eval_steps": 2},
+        (COMPILED[0], "aot_eager"),
+        *(
+            pytest.param(arguments, backend, marks=pytest.mark.slow)
+            for arguments in COMPILED
+            for backend in ("aot_eager", "inductor")
+            if (arguments, backend) != (COMPILED[0], "aot_eager")
+        ),
     ],
-    ids=lambda arguments: "-".join(arguments) or "plain",
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
 )
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_torch_compile_is_bit_identical_and_compiles_once_more(tmp_path, arguments, backend):
     graphs = []
 
     def make(folder):
-        # Sampled at every second step, both graphs are in use.
+        # Of the run before.
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         torch._dynamo.utils.counters.clear()
-        # Inductor's dropout is another than eager's, but the same in every run.
         return make_trainer(folder, torch_compile=True, torch_compile_backend=backend, max_steps=6, **arguments)
 
-    callback = CountingCallback(every=2)
-    for name in ("plain", "again", "watched"):
-        trainer = make(tmp_path / name)
-        if name == "watched":
-            watch(trainer, callback)
-        else:
-            trainer.train()
-        graphs.append((outcome(trainer), torch._dynamo.utils.counters["stats"]["unique_graphs"]))
-    assert_alike(graphs[0][0], graphs[1][0])
-    assert_alike(graphs[0][0], graphs[2][0])
+    # Sampled at every second step, both graphs are in use.
+    callback, _ = compare(tmp_path, make, CountingCallback(every=2))
+    graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     accumulated = arguments.get("gradient_accumulation_steps", 1)
     assert callback.every_layer()[::2] == [accumulated] * 3
     assert callback.monitor.samples == 3
     # The training graph once armed and once idle; evaluation never runs while armed.
-    assert graphs[2][1] == graphs[0][1] + 1
+    assert graphs[1] == graphs[2] > 0
+    assert graphs[3] == graphs[2] + 1
 
 
 def test_the_last_step_of_an_epoch_counts_the_micro_batches_it_has(tmp_path):
     # 24 examples are 6 micro-batches of 4: a step of four and one of two.
-    _, callback = run_thrice(
+    callback, _ = compare(
         tmp_path,
         lambda folder: make_trainer(folder, gradient_accumulation_steps=4, max_steps=-1, num_train_epochs=2),
     )
@@ -132,7 +122,7 @@ class EvaluatesInTheLoss(transformers.Trainer):
 @pytest.mark.parametrize("cls", [LogsInTheLoss, EvaluatesInTheLoss])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_logging_or_evaluating_within_a_step_does_not_end_its_sample(tmp_path, cls, reentrant):
-    _, callback = run_thrice(
+    callback, _ = compare(
         tmp_path,
         lambda folder: make_trainer(
             folder, cls, gradient_accumulation_steps=2, gradient_checkpointing=True,
@@ -154,7 +144,7 @@ def test_several_forwards_a_step_count_each(tmp_path, kind):
     more = {"gradient_checkpointing": kind != "none"}
     if kind != "none":
         more["gradient_checkpointing_kwargs"] = {"use_reentrant": kind == "reentrant"}
-    _, callback = run_thrice(tmp_path, lambda folder: make_trainer(folder, TwoViews, **more))
+    callback, _ = compare(tmp_path, lambda folder: make_trainer(folder, TwoViews, **more))
     assert callback.every_layer() == [2, 2, 2, 2]
 
 
@@ -176,7 +166,7 @@ def test_sequence_lengths_that_change_from_step_to_step(tmp_path, attention):
         trainer.data_collator = collate
         return trainer
 
-    _, callback = run_thrice(tmp_path, make)
+    callback, _ = compare(tmp_path, make)
     assert callback.every_layer() == [1] * 8
     monitor = callback.monitor
     assert monitor.samples == 8
@@ -192,6 +182,6 @@ def test_a_batch_size_that_did_not_fit_starts_the_monitor_anew(tmp_path):
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
             return loss
 
-    _, callback = run_thrice(tmp_path, lambda folder: make_trainer(folder, Large, auto_find_batch_size=True))
+    callback, _ = compare(tmp_path, lambda folder: make_trainer(folder, Large, auto_find_batch_size=True))
     assert callback.every_layer() == [1, 1, 1, 1]
     assert callback.monitor.samples == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,13 +69,31 @@ def assert_alike(left: Any, right: Any) -> None:
         assert torch.equal(value, right[1][name]), name
 
 
-def watch(trainer: Any, callback: CountingCallback | None = None) -> CountingCallback:
-    """Train with a callback, and check that nothing failed and all layers were seen."""
+def compare(folder: Any, make: Callable[[Any], Any], callback: CountingCallback | None = None) -> Any:
+    """Train twice without the monitor and once with it, and check that it left everything as it was.
+
+    Args:
+        folder: where the runs write.
+        make: makes the trainer of one run, given its folder; called right before that run, as it draws random numbers.
+        callback: the callback of the third run.
+
+    Returns:
+        The callback and the trainer of the third run.
+    """
+    ends = []
+    for name in ("plain", "again"):
+        trainer = make(folder / name)
+        trainer.train()
+        ends.append(outcome(trainer))
+    assert_alike(*ends)
     callback = CountingCallback() if callback is None else callback
-    trainer.add_callback(callback)
-    trainer.train()
+    watched = make(folder / "watched")
+    watched.add_callback(callback)
+    watched.train()
+    assert_alike(ends[0], outcome(watched))
     assert callback.monitor is not None
     coverage = callback.monitor.coverage()
     assert not coverage.failures
     assert coverage.seen == coverage.watched
-    return callback
+    assert len(coverage.seen) == 2
+    return callback, watched
