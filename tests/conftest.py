@@ -25,3 +25,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def no_pictures():
+    """Draw no head map, which takes seconds and is tested elsewhere."""
+    from incoherence_monitor.dashboard import Dashboard
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dashboard, "_wants_pictures", lambda self: False)
+        yield

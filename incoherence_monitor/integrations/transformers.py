@@ -201,11 +201,13 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         if self.monitor is not None:
             self.monitor.close()
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Disarm, should a step have ended by an exception that the user caught."""
-        self._leave()
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Disarm, should a step have ended early.
 
-    on_epoch_begin = on_log = on_predict = on_evaluate
+        Not in `on_log`, `on_evaluate` or `on_predict`: a loss function may log, and a callback evaluate, between the
+        forward and the backward of a step or between its micro-batches, and what follows still belongs to the sample.
+        """
+        self._leave()
 
     def _leave(self) -> None:
         if self._context is not None:
