@@ -1,0 +1,119 @@
+"""However a model is split over processes, it is measured as one process would measure it, and decided on alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from incoherence_monitor import History
+
+pytest.importorskip("transformers")
+
+from . import parallel_runs
+from .processes import run
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return parallel_runs.one(tmp_path_factory.mktemp("one"))
+
+
+def same(results, expected, folder, *, layers=2):
+    """Every rank has measured what one process measures, all have decided alike, and one has written."""
+    for result in results:
+        assert not result["failures"]
+        assert result["latest"].keys() == expected["latest"].keys()
+        for name, values in expected["latest"].items():
+            assert result["latest"][name] == pytest.approx(values, rel=2e-4, nan_ok=True), name
+        assert result["latest"] == results[0]["latest"]
+        assert result["alerts"] == results[0]["alerts"]
+        assert result["confirmed"] == results[0]["confirmed"] == expected["confirmed"]
+        assert result["samples"] == parallel_runs.STEPS
+    assert results[0]["told"] == expected["told"]
+    assert len(list((folder / "history").glob("*.arrow"))) == 1
+    history = History.open(folder)
+    assert len(history) == parallel_runs.STEPS
+    assert len({layer for layer, _ in history.heads("key_norm")}) == layers
+
+
+def test_the_broken_head_is_named_by_one_process(one):
+    """What the others are compared with: without an alert they would agree on nothing."""
+    assert {(layer, head) for _, layer, _, kind, head in one["told"] if kind == "query"} == {
+        (parallel_runs.BROKEN_LAYER, parallel_runs.BROKEN_HEAD)
+    }
+    assert one["confirmed"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_data_parallel_is_bit_identical_and_measures_the_same(kind, one, tmp_path):
+    results = run(parallel_runs.data_parallel, 2, tmp_path, kind)
+    for result in results:
+        first, again, watched = result["runs"]
+        assert first[0] == again[0], "two unmonitored runs differ, so nothing can be said"
+        assert watched[0] == first[0]
+        assert all(torch.equal(watched[1][name], first[1][name]) for name in first[1])
+        assert set(result["shares"].values()) == {(2, 2)}
+    same(results, one, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["auto", "dtensor"])
+def test_tensor_parallel_has_global_head_numbers(kind, one, tmp_path):
+    results = run(parallel_runs.tensor_parallel, 2, tmp_path, kind)
+    same(results, one, tmp_path)
+    # The ranks see the same data: each takes all windows, of its own heads.
+    assert all(set(result["shares"].values()) == {(4, 4)} for result in results)
+
+
+def test_pipeline_stages_are_one_history(tmp_path):
+    names = ("8", "9", "10", "11")
+    expected = parallel_runs.pipeline_in_one(tmp_path / "one", names)
+    results = run(parallel_runs.pipeline, 2, tmp_path / "two", names)
+    same(results, expected, tmp_path / "two", layers=4)
+    order = [layer for layer, head in History.open(tmp_path / "two").heads("key_norm") if head == 0]
+    assert order == [f"layers.{name}.self_attn" for name in names]
+    assert all(set(result["shares"].values()) == {(4, 4)} for result in results)
+
+
+def test_a_stage_without_attention_goes_along(tmp_path):
+    results = run(parallel_runs.pipeline, 2, tmp_path, ("8",))
+    assert [result["failures"] for result in results] == [{}, {}]
+    assert set(results[0]["latest"]["key_norm"]) == {("layers.8.self_attn", head) for head in range(2)}
+    assert results[0]["latest"] == results[1]["latest"]
+
+
+def test_layers_of_stages_that_number_them_anew_are_refused_by_name(tmp_path):
+    for result in run(parallel_runs.renumbered, 2, tmp_path):
+        assert "ModuleDict" in result["out_of_reach"]["layers.0.self_attn"]
+        assert not result["latest"]
+        assert not result["failures"]
+
+
+def test_no_attention_on_any_rank_is_said_on_all(tmp_path):
+    for said in run(parallel_runs.no_attention, 2, tmp_path):
+        assert said.startswith("ModelError: Linear has no attention layer that can be watched")
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"), [("accelerate", "cp_size"), ("torch", "context_parallel"), ("dtensor", "context_parallel")]
+)
+def test_split_sequences_are_refused_by_name(kind, says, tmp_path):
+    if kind == "accelerate":
+        pytest.importorskip("accelerate")
+    for result in run(parallel_runs.split_sequences, 2, tmp_path, kind):
+        assert any(says in notice for notice in result["notices"])
+        assert result["latest"] == {}
+        assert not result["failures"]
+
+
+@pytest.mark.parametrize("fault", ["empty", "capture", "holding"])
+def test_a_rank_that_fails_or_has_nothing_makes_no_other_wait(fault, tmp_path):
+    """`run` has a time limit, and collectives one of a minute."""
+    first, second = run(parallel_runs.faulty, 2, tmp_path, fault)
+    assert first["latest"] == second["latest"]
+    assert first["alerts"] == second["alerts"]
+    assert first["alerts"]
+    assert first["samples"] == second["samples"] == parallel_runs.STEPS
+    assert not first["failures"]
+    assert bool(second["failures"]) == (fault != "empty")
