@@ -183,7 +183,7 @@ class IncoherenceMonitor:
         Raises:
             SettingError: if the shapes do not fit together; in the first sampled step, never later.
         """
-        if not self._armed:
+        if not self._armed or (self._world_size > 1 and query.shape[0] == 0):
             return
         if self.samples == 0 and not self._pipeline.in_flight:
             check_shapes(query, key, valid)

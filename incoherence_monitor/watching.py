@@ -59,7 +59,7 @@ def attach(
     return capture
 
 
-def _nothing_to_watch(model: nn.Module, capture: HuggingFaceCapture) -> str:
+def _nothing_to_watch(model: nn.Module | None, capture: HuggingFaceCapture) -> str:
     if capture.excluded:
         found = f"{len(capture.excluded)} attention layers, all left out by include and exclude"
     elif capture.unreachable:
@@ -67,8 +67,9 @@ def _nothing_to_watch(model: nn.Module, capture: HuggingFaceCapture) -> str:
         found = f"{len(capture.unreachable)} out of reach, the first being {name}: {why}"
     else:
         found = "no attention at all"
+    name = "The model" if model is None else type(model).__name__
     return (
-        f"{type(model).__name__} has no attention layer that can be watched ({found}). Watched are layers that "
+        f"{name} has no attention layer that can be watched ({found}). Watched are layers that "
         "ask transformers (>= 5.1) for their attention function; for others leave out the model and call "
         "monitor.observe(name, query, key) in the attention code."
     )
@@ -93,7 +94,7 @@ def holding(
         {tap.name: tap.declared for tap in taps},
         {name: number if isinstance(number, int) else None for name, number in numbers.items()},
         split=split_sequences(),
-        nothing="" if root is None or capture is None or taps else _nothing_to_watch(root, capture),
+        nothing="" if capture is None or taps else _nothing_to_watch(root, capture),
     )
     return own, tensor_part(root, [tap.module for tap in taps], rank=rank)
 

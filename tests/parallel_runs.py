@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,10 @@ def train(watched, batches_here, monitor, *, inner=None, first_head=0, broken=Tr
     optimizer = torch.optim.AdamW(watched.parameters(), lr=lr, foreach=False)
     losses = []
     for step, batch in enumerate(batches_here):
+        if batch is None:
+            # Nothing came for this rank; the others sample all the same.
+            with monitor.step(step):
+                continue
         with one_broken_head(inner or watched, step if broken else -1, first_head=first_head):
             if monitor is None:
                 loss = watched(**batch, use_cache=False).loss
@@ -181,7 +185,7 @@ def fsdp_and_tensor_parallel(rank, world, folder):
 class Stage(nn.Module):
     """Some of a model's layers, under the names they have in the whole model."""
 
-    def __init__(self, names, *, all_names=("8", "9", "10", "11")):
+    def __init__(self, names, all_names=("8", "9", "10", "11")):
         super().__init__()
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -201,7 +205,7 @@ def pipeline(rank, world, folder, names, replicas=1):
     """Stage after stage, `replicas` of each; a stage without layers has none to watch."""
     stages = world // replicas
     stage, replica = rank // replicas, rank % replicas
-    count = len(names) // stages
+    count = -(-len(names) // stages)
     watched = Stage(names[stage * count : (stage + 1) * count]).train()
     monitor = IncoherenceMonitor(watched, every=1, config=CONFIG, output_dir=folder)
     for step in range(STEPS):
@@ -243,7 +247,8 @@ def renumbered(rank, world, folder):
 
 def no_attention(rank, world, folder):
     """No rank has anything to watch: all are told so, in the first step."""
-    monitor = IncoherenceMonitor(nn.Linear(2, 2), every=1, config=CONFIG)
+    watched = nn.Linear(2, 2)
+    monitor = IncoherenceMonitor(watched, every=1, config=CONFIG)
     try:
         with monitor.step(0):
             pass
@@ -281,16 +286,111 @@ def split_sequences(rank, world, folder, kind):
 
 def faulty(rank, world, folder, fault):
     """Rank 1 has an empty batch, or fails where it takes windows, or where it says what it holds."""
-    watched, inner = _sharded("none" if world == 1 else "ddp")
+    watched = model()
     monitor = IncoherenceMonitor(watched, every=1, config=CONFIG, output_dir=folder)
     here = data(rank, world)
     if rank == 1 and fault == "empty":
-        for step in (0, 2):
-            here[step] = {name: value[:0] for name, value in here[step].items()}
+        here[0] = here[2] = None
     if rank == 1 and fault == "capture":
         receive = monitor._sampler.receive
         monitor._sampler.receive = lambda *given: receive(*given) if monitor.samples > 1 else 1 / 0
     if rank == 1 and fault == "holding":
         monitor._tell = lambda: 1 / 0
-    train(watched, here, monitor, inner=inner, lr=0.0)
+    train(watched, here, monitor, lr=0.0)
     return results(monitor)
+
+
+def shown_by_hand(rank, world, folder, empty):
+    """A layer that rank 0 alone shows; batches of rank 1 that are empty."""
+    monitor = IncoherenceMonitor(every=1, config=CONFIG, output_dir=folder)
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        query, key = (torch.randn(GLOBAL_BATCH, 2, LENGTH, DIM, generator=generator) for _ in range(2))
+        part = slice(0, 0) if rank == 1 and step in empty else slice(rank, None, world)
+        with monitor.step(step):
+            monitor.observe("all", query[part], key[part])
+            if rank == 0:
+                monitor.observe("rank 0 alone", query, key)
+    return results(monitor)
+
+
+def three_dimensions(rank, world, folder, names):
+    """Two stages of four replicas of two tensor-parallel ranks."""
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    mesh = init_device_mesh("cpu", (2, 4, 2), mesh_dim_names=("pp", "dp", "tp"))
+    stage, replica, _ = mesh.get_coordinate()
+    count = len(names) // 2
+    watched = Stage(names[stage * count : (stage + 1) * count]).train()
+    for layer in watched.layers.values():
+        parallelize_module(layer.self_attn, mesh["tp"], attention_plan())
+    monitor = IncoherenceMonitor(watched, every=1, config=CONFIG, output_dir=folder)
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        hidden = torch.randn(GLOBAL_BATCH, LENGTH, HEADS * DIM, generator=generator)[replica::4].contiguous()
+        with monitor.step(step):
+            if stage > 0:
+                dist.recv(hidden, src=rank - 8)
+            out = watched(hidden.requires_grad_())
+            if stage == 0:
+                dist.send(out.detach(), dst=rank + 8)
+            out.sum().backward()
+    return results(monitor)
+
+
+def stopped_trainer(rank, world, folder):
+    """A Trainer whose model breaks; every rank must stop at the same step."""
+    import transformers
+
+    from incoherence_monitor import IncoherenceCallback
+
+    watched = model()
+
+    class Break(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                with torch.no_grad():
+                    watched.get_submodule(BROKEN_LAYER).q_proj.weight.mul_(1e6)
+
+    callback = IncoherenceCallback(every=1, config=CONFIG, stop_on_alert=True)
+    arguments = transformers.TrainingArguments(
+        str(folder / "trainer"), use_cpu=True, max_steps=30, per_device_train_batch_size=4, report_to=[],
+        save_strategy="no", disable_tqdm=True, logging_strategy="no", learning_rate=0.0,
+    )  # fmt: skip
+    rows = [{"input_ids": ids, "labels": ids} for batch in data() * 4 for ids in batch["input_ids"]]
+    trainer = transformers.Trainer(model=watched, args=arguments, train_dataset=rows, callbacks=[Break(), callback])
+    trainer.train()
+    return {"step": trainer.state.global_step, "processes": arguments.world_size, **results(callback.monitor)}
+
+
+def deepspeed(rank, world, folder, stage):
+    """ZeRO on the CPU; losses and final weights with and without the monitor, then values."""
+    import deepspeed as ds
+
+    settings = {
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world,
+        "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "none"}},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+    def run(monitored, lr, broken=False):
+        inner = model()
+        optimizer = torch.optim.AdamW(inner.parameters(), lr=lr)
+        engine, *_ = ds.initialize(model=inner, optimizer=optimizer, config=settings, dist_init_required=False)
+        monitor = IncoherenceMonitor(engine.module, every=1, config=CONFIG, output_dir=folder) if monitored else None
+        engine.train()
+        losses = []
+        for step, batch in enumerate(data(rank, world)):
+            with one_broken_head(inner, step if broken else -1), monitor.step(step) if monitor else nullcontext():
+                loss = engine(**batch, use_cache=False).loss
+                engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        return losses, monitor
+
+    runs = [run(False, 1e-3)[0], run(False, 1e-3)[0]]
+    losses, monitor = run(True, 1e-3)
+    monitor.close()
+    last = run(True, 0.0, broken=True)[1]
+    return {**results(last), "runs": [*runs, losses]}

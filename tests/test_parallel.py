@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -117,3 +123,83 @@ def test_a_rank_that_fails_or_has_nothing_makes_no_other_wait(fault, tmp_path):
     assert first["samples"] == second["samples"] == parallel_runs.STEPS
     assert not first["failures"]
     assert bool(second["failures"]) == (fault != "empty")
+
+
+@pytest.mark.parametrize(("empty", "alone"), [((1, 2), (4, 4)), ((0, 1), (2, 2))])
+def test_layers_shown_by_hand_are_shared_among_those_that_show_them(empty, alone, tmp_path):
+    """A rank that has shown nothing at first is thought to hold what others do, as one with an empty batch does."""
+    results = run(parallel_runs.shown_by_hand, 2, tmp_path, empty)
+    assert results[0]["latest"] == results[1]["latest"]
+    assert results[0]["shares"] == {"all": (2, 2), "rank 0 alone": alone}
+    assert results[1]["shares"]["all"] == (2, 2)
+    assert {layer for layer, _ in results[0]["latest"]["key_norm"]} == {"all", "rank 0 alone"}
+    assert not results[0]["failures"]
+    assert not results[1]["failures"]
+
+
+@pytest.mark.slow
+def test_fsdp_and_tensor_parallel_on_a_mesh(one, tmp_path):
+    results = run(parallel_runs.fsdp_and_tensor_parallel, 4, tmp_path)
+    same(results, one, tmp_path)
+    assert all(set(result["shares"].values()) == {(2, 2)} for result in results)
+
+
+@pytest.mark.slow
+def test_replicas_of_pipeline_stages_share_windows(tmp_path):
+    names = ("8", "9", "10", "11")
+    expected = parallel_runs.pipeline_in_one(tmp_path / "one", names)
+    results = run(parallel_runs.pipeline, 4, tmp_path / "four", names, 2)
+    same(results, expected, tmp_path / "four", layers=4)
+    assert all(set(result["shares"].values()) == {(2, 2)} for result in results)
+
+
+@pytest.mark.slow
+def test_sixteen_processes_write_one_history(tmp_path):
+    """Pipeline, data and tensor parallel at once."""
+    names = ("9", "10")
+    expected = parallel_runs.pipeline_in_one(tmp_path / "one", names)
+    results = run(parallel_runs.three_dimensions, 16, tmp_path / "sixteen", names, limit=280)
+    same(results, expected, tmp_path / "sixteen", layers=2)
+    assert all(set(result["shares"].values()) == {(1, 1)} for result in results)
+
+
+@pytest.mark.slow
+def test_stop_on_alert_stops_all(tmp_path):
+    pytest.importorskip("accelerate")
+    results = run(parallel_runs.stopped_trainer, 2, tmp_path)
+    assert {result["processes"] for result in results} == {2}
+    # Broken at step 4, confirmed by the sample of step 5, which is judged when step 6 begins.
+    assert {result["step"] for result in results} == {7}
+    assert results[0]["alerts"] == results[1]["alerts"]
+    assert len(list((tmp_path / "trainer" / "incoherence" / "history").glob("*.arrow"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_zero(stage, one, tmp_path):
+    results = run(parallel_runs.deepspeed, 2, tmp_path, stage)
+    for result in results:
+        first, again, watched = result["runs"]
+        assert first == again, "two unmonitored runs differ, so nothing can be said"
+        assert watched == first
+    same(results, one, tmp_path)
+
+
+@pytest.mark.slow
+def test_accelerate_launch(tmp_path):
+    pytest.importorskip("accelerate")
+    example = Path(__file__).parent.parent / "examples" / "accelerate_loop.py"
+    done = subprocess.run(
+        # --cpu would need MPI; the example asks for the CPU itself.
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+         "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no", str(example),
+         str(tmp_path / "out")],
+        capture_output=True, text=True, cwd=tmp_path, check=False, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # Two processes write to one terminal.
+    assert done.stdout.count("samples when the checkpoint was saved:") == done.stdout.count(" 11\n") == 2
+    assert "incoherence_monitor" not in done.stderr
+    assert len(list((tmp_path / "out" / "history").glob("*.arrow"))) == 1
