@@ -63,7 +63,7 @@ def places(names: Sequence[Iterable[str]], which: IntArray, leaders: IntArray, *
     for at, layers in enumerate(names):
         for name in layers:
             holders.setdefault(name, []).append(at)
-    found = {group: _place(np.isin(which, group), leaders, rank) for group in map(tuple, holders.values())}
+    found = {group: _place(np.isin(which, group), leaders, rank) for group in set(map(tuple, holders.values()))}
     return {name: found[tuple(group)] for name, group in holders.items()}
 
 

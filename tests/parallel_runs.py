@@ -234,6 +234,32 @@ def pipeline_in_one(folder, names=("8", "9", "10", "11")):
     return results(monitor)
 
 
+def collectives(rank, world, folder):
+    """What the monitor sends at each step, counted in place of torch.distributed's own functions."""
+    sent = []
+
+    def counted(name):
+        original = getattr(dist, name)
+
+        def call(*given, **named):
+            sent[-1].append(name)
+            return original(*given, **named)
+
+        setattr(dist, name, call)
+
+    for name in ("all_reduce", "all_gather", "broadcast", "all_gather_object", "broadcast_object_list", "barrier"):
+        counted(name)
+    watched = model().train()
+    monitor = IncoherenceMonitor(watched, every=2, config=CONFIG, output_dir=folder)
+    for step, batch in enumerate(data(rank, world)):
+        sent.append([])
+        with monitor.step(step):
+            watched(**batch, use_cache=False).loss.backward()
+    sent.append([])
+    monitor.close()
+    return sent
+
+
 def renumbered(rank, world, folder):
     """Stages that give their layers the same names."""
     watched = Stage([("8", "9")[rank]]).train()

@@ -125,6 +125,13 @@ def test_a_rank_that_fails_or_has_nothing_makes_no_other_wait(fault, tmp_path):
     assert bool(second["failures"]) == (fault != "empty")
 
 
+def test_a_sample_is_one_collective(tmp_path):
+    """Two set-up exchanges, once: who holds what, then window lengths; equal ranks broadcast once together."""
+    exchange = ["all_gather", "broadcast"]
+    for sent in run(parallel_runs.collectives, 2, tmp_path):
+        assert sent == [exchange, [], [*exchange, "all_reduce"], [], ["all_reduce"], [], ["all_reduce"]]
+
+
 @pytest.mark.parametrize(("empty", "alone"), [((1, 2), (4, 4)), ((0, 1), (2, 2))])
 def test_layers_shown_by_hand_are_shared_among_those_that_show_them(empty, alone, tmp_path):
     """A rank that has shown nothing at first is thought to hold what others do, as one with an empty batch does."""
