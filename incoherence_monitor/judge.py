@@ -43,6 +43,13 @@ class JudgedSample:
     verdict: Verdict
     alerts: list[Alert]
 
+    def by_head(self) -> dict[str, dict[tuple[str, int], float]]:
+        """The values as {statistic: {(layer name, head): value}}."""
+        return {
+            name: dict(zip(self.layout.heads(name), (float(value) for value in self.values[part]), strict=True))
+            for name, part in self.layout.slices.items()
+        }
+
 
 class Judge:
     """Detector, absolute bounds and open episodes of one run."""
@@ -94,6 +101,10 @@ class Judge:
         findings = find(sums.layout, values, verdict, step=step, non_finite=non_finite, runaway_bound=self._bound)
         alerts = self.book.process(findings, verdict, step=step, observed=np.isfinite(values))
         return JudgedSample(step, sums.layout, values.astype(np.float32), verdict, alerts)
+
+    def forget(self) -> None:
+        """Start anew, without a layout."""
+        self.layout, self.tick = None, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Everything later judgements depend on, as tensors and plain values."""

@@ -1,12 +1,12 @@
 """`IncoherenceMonitor`: when to sample, when to judge, and where the results go.
 
-A little over 300 lines, since the docstrings of the public surface are here.
-
 Layer 4: imports layers 0 to 3 (and the pictures, which it only hands on).
 """
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +31,7 @@ from .reporting import Reporter
 from .sampling import WindowSampler
 from .state import STATE_FORMAT, changed_settings, check_state, fingerprint
 from .trackers import Tracker
-from .watching import attach, coverage, describe_layer, tell_unseen
+from .watching import attach, coverage, describe_layer, holding, tell_unseen
 
 if TYPE_CHECKING:
     from .history import History
@@ -92,7 +92,9 @@ class IncoherenceMonitor:
         self.output_dir = None if output_dir is None else Path(output_dir)
         self._reporter = Reporter()
         rank, self._world_size = distributed.rank_and_world()
-        self._capture = None if model is None else attach(model, self.config, self._receive, self._reporter)
+        alone = self._world_size == 1
+        self._capture = None if model is None else attach(model, self.config, self._receive, self._reporter, alone)
+        self._tell = functools.partial(holding, None if model is None else weakref.ref(model), self._capture)
         self._observed = Observations(self._receive, lambda name, error: self.report("observing", error, layer=name))
         self._sampler = WindowSampler(self.config, rank=rank, world_size=self._world_size, micro_batches=micro_batches)
         self._open_step: int | None = None
@@ -136,7 +138,7 @@ class IncoherenceMonitor:
         self._pipeline.clock.begin()
         if self._open_step is not None and step != self._open_step:
             self._timed("ending a sample", self._seal)
-        if step % self.every or self._closed:
+        if step % self.every or self._closed or self._pipeline.stopped:
             return
         if step != self._open_step:
             if step <= self._last_step:
@@ -147,6 +149,7 @@ class IncoherenceMonitor:
                 )
                 return
             self._timed("judging a sample", self._pipeline.take_up)
+            self._pipeline.prepare(self._tell)
             self._timed("beginning a sample", lambda: self._open(step))
         elif self._capture is not None:
             self._timed("arming", self._capture.resume)
@@ -175,9 +178,7 @@ class IncoherenceMonitor:
         valid: Tensor | None = None,
         starts: Tensor | None = None,
     ) -> None:
-        """Show the monitor one attention call that cannot be reached otherwise. Does nothing between samples.
-
-        Inside a compiled model it is one opaque operator in the graph of sampled steps.
+        """Show one attention call that cannot be reached otherwise, also in compiled code; nothing between samples.
 
         Args:
             name: name of the layer, the same at every step.
@@ -190,7 +191,7 @@ class IncoherenceMonitor:
         Raises:
             SettingError: if the shapes do not fit together; in the first sampled step, never later.
         """
-        if not self._armed:
+        if not self._armed or (self._world_size > 1 and query.shape[0] == 0):
             return
         # Compiled code must not ask what changes from sample to sample: it would be compiled again.
         if not torch.compiler.is_compiling() and self.samples == 0 and not self._pipeline.in_flight:
@@ -201,7 +202,7 @@ class IncoherenceMonitor:
         def describe(seen: AttentionInput) -> LayerInfo:
             return describe_layer(seen, self._capture, self._sampler)
 
-        self._pipeline.clock.measure(lambda: self._sampler.receive(given, describe))
+        self._pipeline.clock.measure(lambda: self._pipeline.receive(given, describe))
 
     def _seal(self) -> None:
         step, self._open_step = self._open_step, None
@@ -236,7 +237,7 @@ class IncoherenceMonitor:
         if self._world_size == 1 and not self._armed:
             self.flush()
         latest = self._pipeline.latest
-        return {} if latest is None else latest.layout.by_head(latest.values)
+        return {} if latest is None else latest.by_head()
 
     @property
     def history(self) -> History:
@@ -255,7 +256,7 @@ class IncoherenceMonitor:
 
     def coverage(self) -> Coverage:
         """Which layers are watched, which are not and why, what was skipped, and what failed; each with its count."""
-        return coverage(self._capture, self._sampler, self._reporter)
+        return coverage(self._capture, self._sampler, self._reporter, self._pipeline.refused)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything later judgements depend on: tensors and plain values, fit for `torch.save`. Flushes first."""
@@ -264,7 +265,7 @@ class IncoherenceMonitor:
             "format": STATE_FORMAT,
             "every": self.every,
             "config": self.config.to_dict(),
-            "model": fingerprint(self._capture),
+            "model": self._pipeline.declared or fingerprint(self._capture),
             "last_step": self._last_step,
             **self._pipeline.state_dict(),
         }
@@ -295,7 +296,7 @@ class IncoherenceMonitor:
         Raises:
             StateError: if it is no such state, of an unknown format, or of another model.
         """
-        check_state(state, fingerprint(self._capture))
+        check_state(state, fingerprint(self._capture), alone=self._world_size == 1)
         self.flush()
         if state["every"] != self.every:
             self._reporter.notice(

@@ -3,22 +3,28 @@
 A sample is taken up when the next one begins, or at flush, checkpoint or close, alike on every rank; never when a
 thread happens to be ready. So alerts depend on steps and data alone.
 
-Layer 4: imports judge, dashboard, distributed, sampling.
+Layer 4: imports agreement, judge, dashboard, distributed, sampling.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from . import distributed
+from .agreement import Holding
+from .capture import AttentionInput
 from .dashboard import Dashboard, sample_metrics
+from .errors import ModelError
 from .judge import Judge, JudgedSample
-from .records import Alert
+from .records import Alert, LayerInfo
 from .reporting import Reporter
 from .sampling import SampleSums, WindowSampler
+from .sharding import TensorPart
 
 
 class Clock:
@@ -85,12 +91,69 @@ class Pipeline:
         self._rank, self._world_size, self._on_alert = rank, world_size, on_alert
         self._pending: tuple[int, Future[SampleSums]] | None = None
         self._worker: ThreadPoolExecutor | None = None
-        self._shared = distributed.SharedLayout(reporter)
+        self._shared = distributed.SharedLayout(sampler, reporter)
 
     @property
     def decides_alike(self) -> bool:
         """Whether every rank judges the same sums, so that they may act on a judgement together."""
         return self._world_size == 1 or self._shared.agreed
+
+    @property
+    def stopped(self) -> bool:
+        """Whether all ranks have given up together, since nothing can be measured in this run."""
+        return self._shared.stopped
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Layers that ranks cannot share, with why."""
+        return self._shared.refused
+
+    @property
+    def declared(self) -> dict[str, list[int | None]]:
+        """Layers of all ranks with the head counts that configurations declare; empty while ranks have not agreed."""
+        return self._shared.declared
+
+    def prepare(self, tell: Callable[[], tuple[Holding, TensorPart]]) -> None:
+        """Let the ranks agree on who holds what, once, before the first sample begins.
+
+        Args:
+            tell: says what this rank holds.
+
+        Raises:
+            ModelError: on every rank, if there is nothing to watch on any.
+        """
+        if self._world_size == 1:
+            return
+        try:
+            self._prepare(tell)
+        except ModelError:
+            raise
+        except Exception as error:  # The edge of the monitor.
+            self._reporter.failed("agreeing with the other processes", error)
+
+    def _prepare(self, tell: Callable[[], tuple[Holding, TensorPart]]) -> None:
+        layout = self.judge.layout
+        named = [self.samples, self.judge.tick, layout.to_list()] if layout is not None else ""
+        state = hashlib.sha256(json.dumps(named).encode()).hexdigest()
+        if not self._shared.prepare(tell, state, layout):
+            self._reporter.notice(
+                "states differ",
+                "not every rank has found the monitor state that the run goes on from (is it on a disk that all nodes "
+                "see?); the baseline starts anew on all of them",
+            )
+            self.judge.forget()
+            self._sampler.forget()
+
+    def receive(self, given: AttentionInput, describe: Callable[[AttentionInput], LayerInfo]) -> None:
+        """Take the windows of one attention call.
+
+        Args:
+            given: the call.
+            describe: describes a layer that is seen for the first time.
+        """
+        admitted = given if self._world_size == 1 else self._shared.admit(given)
+        if admitted is not None:
+            self._sampler.receive(admitted, describe)
 
     @property
     def in_flight(self) -> bool:
@@ -119,7 +182,9 @@ class Pipeline:
             self._reporter.failed("computing a sample", error)
             sums = self._sampler.empty()
         if self._world_size > 1:
-            sums = self._shared.add(sums, self._sampler)
+            sums = self._shared.add(sums)
+            if self.stopped:
+                return
         self.samples += 1
         if sums.layout.size == 0:
             # Nothing has been seen yet, which has been told already.
@@ -170,8 +235,10 @@ class Pipeline:
         self.samples = state["samples"]
         self.alerts[:] = [Alert.from_dict(alert) for alert in state["alerts"]]
         if baselines:
-            self._sampler.load_state_dict(state["sampler"])
+            if self._sampler.load_state_dict(state["sampler"]):
+                self._reporter.notice("processes changed", distributed.PROCESSES_CHANGED)
             self.judge.load_state_dict(state["judge"])
+        self._shared.start_anew()
 
     def close(self) -> None:
         """Write the last picture and the summary; let go of the worker and of files."""

@@ -96,13 +96,6 @@ class Layout:
         kind = statistic(name).kind
         return [(layer.name, head) for layer in self.layers for head in range(layer.heads(kind))]
 
-    def by_head(self, values: NDArray[np.floating[Any]]) -> dict[str, dict[tuple[str, int], float]]:
-        """A sample's values [S] as {statistic: {(layer name, head): value}}."""
-        return {
-            name: dict(zip(self.heads(name), (float(value) for value in values[part]), strict=True))
-            for name, part in self.slices.items()
-        }
-
     def stream(self, position: int) -> tuple[Statistic, LayerInfo, int]:
         """Statistic, layer and head of one stream."""
         row = next(row for row in STATISTICS if self.slices[row.name].start <= position < self.slices[row.name].stop)

@@ -5,13 +5,13 @@ core that holds the others; queries and keys are not kept. Then one copy to the 
 eigenvalues, logarithms, sums and counts. What is added up over micro-batches and ranks is sums of logs, never Gram
 matrices (METRICS.md, "The estimator").
 
-Layer 3: imports ops, records, stats, windows, capture.base.
+Layer 3: imports ops, records, shares, stats, windows, capture.base.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,9 +22,10 @@ from torch import Tensor
 from .capture import AttentionInput
 from .config import MonitorConfig, check_count
 from .ops import check_shapes, smooth_statistics, spectral_statistics
-from .records import FloatArray, LayerInfo, Layout, rearrange
+from .records import FloatArray, LayerInfo, Layout
+from .shares import Shares
 from .stats import STATISTICS
-from .windows import WindowPlan, choose_window, document_runs, extend_plan, rank_share, select_windows
+from .windows import Place, WindowPlan, choose_window, document_runs, extend_plan, select_windows
 
 SMOOTH_KEY = tuple(row.name for row in STATISTICS if row.kind == "key" and not row.spectral)
 SMOOTH_QUERY = tuple(row.name for row in STATISTICS if row.kind == "query" and not row.spectral)
@@ -64,19 +65,6 @@ class SampleSums:
     non_finite: FloatArray
     too_short: int
 
-    def onto(self, layout: Layout) -> SampleSums:
-        """The same sample over another layout.
-
-        Layers that the other does not know are left out; a layer whose windows have another length there counts as
-        not seen, since statistics of different lengths are never mixed.
-        """
-        positions = layout.positions_in(self.layout)
-        windows = {layer.name: layer.window for layer in self.layout.layers}
-        same = np.array([windows.get(layer.name) == layer.window for layer in layout.layers], dtype=bool)
-        positions = np.where(same[layout.stream_layer], positions, -1)
-        parts = [rearrange(part, positions, missing=0.0) for part in (self.total, self.count, self.non_finite)]
-        return SampleSums(layout, parts[0], parts[1], parts[2], self.too_short)
-
 
 class WindowSampler:
     """Takes the windows of each layer; holds the plans, which are fixed with the first sample."""
@@ -86,7 +74,7 @@ class WindowSampler:
 
         Args:
             config: window length and number.
-            rank: this process among those that share a sample.
+            rank: this process among those that share a sample, until ranks have agreed on each layer's replicas.
             world_size: number of those processes.
             micro_batches: forwards of one step, at least 1.
 
@@ -94,8 +82,8 @@ class WindowSampler:
             SettingError: if `micro_batches` is out of range.
         """
         self.config = config
-        self.rank = rank
-        self.share = rank_share(config, rank=rank, world_size=world_size)
+        self.shares = Shares(config, Place(rank, world_size))
+        self.whole: dict[str, LayerInfo] = {}
         self.micro_batches = check_count("micro_batches", micro_batches, of="forwards a step")
         self.plans: dict[str, WindowPlan] = {}
         self.fixed: set[str] = set()
@@ -123,10 +111,10 @@ class WindowSampler:
             check_shapes(given.query, given.key, given.valid)
             layer = self._layer(given, info)
             batch, _, length, _ = given.query.shape
-            plan = self.plans[given.layer]
-            missing = sum(self.share) - sum(sum(part) for part in plan.parts)
+            plan, share = self.plans[given.layer], self.shares.share_of(given.layer)
+            missing = sum(share) - sum(sum(part) for part in plan.parts)
             if given.layer not in self.fixed and given.micro >= len(plan.parts) and missing > 0:
-                plan = extend_plan(plan, batch=batch, length=length, share=self.share, micro_batches=self.micro_batches)
+                plan = extend_plan(plan, batch=batch, length=length, share=share, micro_batches=self.micro_batches)
                 self.plans[given.layer] = plan
             part = plan.part(given.micro)
             if sum(part) == 0:
@@ -139,7 +127,7 @@ class WindowSampler:
                 part=part,
                 valid=given.valid,
                 device=given.query.device,
-                seed=(self.config.seed, self._step, self.rank, given.micro),
+                seed=(self.config.seed, self._step, self.shares.place_of(given.layer).position, given.micro),
                 document_starts=given.starts,
             )
             if chosen is None:
@@ -165,6 +153,8 @@ class WindowSampler:
         known = self.layers.get(given.layer)
         if known is None:
             known = describe(given)
+            if given.layer in self.whole:
+                known = replace(known, window=self.whole[given.layer].window)
             self.layers[given.layer] = known
         if known.window == 0:
             known = replace(known, window=choose_window(self.config, _lengths(given)))
@@ -198,12 +188,35 @@ class WindowSampler:
         return lambda: _summarise(layout, copied)
 
     def adopt(self, layout: Layout) -> None:
-        """Take over layers that the ranks have agreed on; where a window differs, its plan starts anew."""
-        for layer in layout.layers:
-            if self.layers.get(layer.name) != layer:
-                self.layers[layer.name] = layer
-                self.plans.pop(layer.name, None)
-                self.fixed.discard(layer.name)
+        """Take over the windows of layers that the ranks have agreed on; where one differs, its plan starts anew."""
+        self.whole = {layer.name: layer for layer in layout.layers}
+        for name, layer in self.layers.items():
+            if name in self.whole and self.whole[name].window != layer.window:
+                self.layers[name] = replace(layer, window=self.whole[name].window)
+                self._forget_plans([name])
+
+    def assign(self, places: Mapping[str, Place], *, others: Place | None = None) -> bool:
+        """Take this rank's places among replicas; where its share is another than was planned for, plan anew.
+
+        Args:
+            places: by layer.
+            others: for layers that are not known yet; None leaves that as it is.
+
+        Returns:
+            Whether plans were restored that had been made for another number of replicas.
+        """
+        stale, resized = self.shares.assign(self.plans, places, others=others)
+        self._forget_plans(stale)
+        return resized
+
+    def forget(self) -> None:
+        """Start without plans; layers keep their windows."""
+        self._forget_plans(list(self.plans))
+
+    def _forget_plans(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.plans.pop(name, None)
+            self.fixed.discard(name)
 
     def empty(self) -> SampleSums:
         """A sample in which nothing was seen."""
@@ -214,17 +227,29 @@ class WindowSampler:
         return {
             "plans": {name: [plan.window, [list(part) for part in plan.parts]] for name, plan in self.plans.items()},
             "fixed": sorted(self.fixed),
-            "layers": Layout(tuple(self.layers.values())).to_list(),
+            "planned_for": self.shares.state_dict(self.plans),
+            "layers": Layout(tuple((self.whole or self.layers).values())).to_list(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Restore what `state_dict` returned, on whichever rank.
+
+        Returns:
+            Whether it was saved by another number of replicas, where that is known yet (see `assign`).
+        """
         self.plans = {
             name: WindowPlan(window, tuple((part[0], part[1]) for part in parts))
             for name, (window, parts) in state["plans"].items()
         }
         self.fixed = set(state["fixed"])
-        self.layers = {layer.name: layer for layer in Layout.from_list(state["layers"]).layers}
+        self.shares.load_state_dict(state.get("planned_for", {}))
+        layout = Layout.from_list(state["layers"])
+        if self.shares.several:
+            # Another rank's heads, or those of all ranks together: this one describes its own when it sees them.
+            self.adopt(layout)
+            return False
+        self.layers = {layer.name: layer for layer in layout.layers}
+        return self.assign({})
 
 
 def _lengths(given: AttentionInput) -> Tensor:
@@ -239,7 +264,7 @@ def _summarise(layout: Layout, copied: list[tuple[Tensor, list[tuple[LayerInfo, 
     """The host phase: eigenvalues, logarithms, sums over windows."""
     total, count, non_finite = np.zeros(layout.size), np.zeros(layout.size), np.zeros(layout.size)
     too_short = 0
-    places = {(int(layer), name): part for name, part, layer in _layer_parts(layout)}
+    places = {(int(layer), name): part for name, part, layer in layer_parts(layout)}
     at_of = {layer.name: at for at, layer in enumerate(layout.layers)}
     for flat, layers in copied:
         start = 0
@@ -288,7 +313,7 @@ def _unpack(flat: Tensor, start: int, info: LayerInfo, number: int) -> tuple[Any
     return keep, values, {"key": bad_key, "query": bad_query}, start
 
 
-def _layer_parts(layout: Layout) -> list[tuple[str, slice, int]]:
+def layer_parts(layout: Layout) -> list[tuple[str, slice, int]]:
     """For each statistic and layer, the streams they take."""
     result = []
     for row in STATISTICS:

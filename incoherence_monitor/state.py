@@ -23,12 +23,13 @@ def fingerprint(capture: ModelCapture | None) -> Fingerprint:
     return {} if capture is None else {tap.name: tap.declared for tap in capture.taps}
 
 
-def check_state(state: Any, ours: Fingerprint) -> None:
+def check_state(state: Any, ours: Fingerprint, *, alone: bool = True) -> None:
     """Check that a state is one, and this model's.
 
     Args:
         state: what should have come from `IncoherenceMonitor.state_dict`.
         ours: fingerprint of the model watched now; empty where layers are observed by hand.
+        alone: whether this is the only process; among several, it may hold some of the state's layers.
 
     Raises:
         StateError: saying what it is instead.
@@ -37,6 +38,9 @@ def check_state(state: Any, ours: Fingerprint) -> None:
         found = state.get("format") if isinstance(state, Mapping) else type(state).__name__
         raise StateError(f"This is no monitor state of format {STATE_FORMAT} (found {found!r}).")
     theirs: Fingerprint = state["model"]
+    if not alone:
+        # A state saved before the first sample knows the layers of the rank that saved it alone.
+        theirs = {name: theirs[name] for name in ours if name in theirs} if state["samples"] else ours
     if theirs != ours:
         raise StateError(
             f"The monitor state belongs to another model: it holds {_in_words(theirs)}, the monitor has "

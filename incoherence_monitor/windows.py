@@ -36,6 +36,19 @@ class WindowPlan:
         return self.parts[micro] if micro < len(self.parts) else (0, 0)
 
 
+@dataclass(frozen=True)
+class Place:
+    """A rank's place among the replicas of a layer, which share its windows.
+
+    Attributes:
+        position: place of this rank's replica, from 0.
+        of: number of replicas; 0 for a rank that does not hold the layer.
+    """
+
+    position: int
+    of: int
+
+
 def choose_window(config: MonitorConfig, lengths: Tensor) -> int:
     """Choose the window length from the valid lengths of the first batch, once for the run.
 
