@@ -175,7 +175,13 @@ class WindowSampler:
         """
         held = sorted(self._open.values(), key=lambda layer: layer.info.index)
         self._open = {}
-        self.fixed |= {name for name, plan in self.plans.items() if sum(map(sum, plan.parts))}
+        for name, plan in self.plans.items():
+            planned = sum(map(sum, plan.parts))
+            if planned and name not in self.fixed:
+                self.fixed.add(name)
+                missing = sum(self.shares.share_of(name)) - planned
+                self.skipped["windows asked for that the step's batches cannot hold"] += missing
+        self.skipped = +self.skipped
         layout = Layout(tuple(sorted(self.layers.values(), key=lambda layer: layer.index)))
         by_device: dict[torch.device, list[LayerWindows]] = {}
         for layer in held:

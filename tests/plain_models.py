@@ -176,6 +176,42 @@ class Flex(Attention):
         return self.close(flex_attention(q, k, v, block_mask=mask))
 
 
+compiled_flex = torch.compile(flex_attention)
+
+
+class CompiledFlex(Attention):
+    """flex_attention that the file compiles for itself."""
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        length = x.shape[1]
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cpu")
+        return self.close(compiled_flex(q, k, v, block_mask=mask))
+
+
+class FlexWrapper(nn.Module):
+    """torchtitan's way: compiled once, held by the class."""
+
+    compiled = torch.compile(flex_attention)
+
+    def forward(self, q, k, v, mask):
+        return FlexWrapper.compiled(q, k, v, block_mask=mask)
+
+
+class TitanFlex(Attention):
+    """A module of its own for flex_attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner_attention = FlexWrapper()
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        length = x.shape[1]
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cpu")
+        return self.close(self.inner_attention(q, k, v, mask))
+
+
 class OneHead(nn.Module):
     """A head of its own over [B, L, d], as in lectures."""
 

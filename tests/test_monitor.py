@@ -461,3 +461,14 @@ def test_memory_keeps_the_newest_thousand_samples(monkeypatch):
     drive(monitor, range(9), layers=("only",))
     monitor.flush()
     assert monitor.history.steps.tolist() == [4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(("batch", "missing"), [(8, 0), (3, 5)])
+def test_fewer_windows_than_asked_for_are_told(batch, missing):
+    with IncoherenceMonitor(every=1, config=MonitorConfig(window=32)) as monitor:
+        for step in range(2):
+            with monitor.step(step):
+                monitor.observe("layer", torch.randn(batch, 2, 40, 8), torch.randn(batch, 2, 40, 8))
+        monitor.flush()
+        told = {reason: count for reason, count in monitor.coverage().skipped.items() if "asked for" in reason}
+    assert sum(told.values()) == missing

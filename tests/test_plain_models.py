@@ -118,15 +118,30 @@ def test_key_heads_that_the_model_repeats_are_taken_once():
         assert len(monitor.latest["energy_scale"]) == 2 * 4
 
 
-def test_flex_attention_is_captured():
-    model = make("Flex").requires_grad_(False)
-    with IncoherenceMonitor(model, every=1, config=CONFIG) as monitor:
-        with monitor.step(0):
-            model(torch.randint(0, 64, (8, 32)))
-        monitor.flush()
-        assert len(monitor.coverage().seen) == 2
-        assert set(monitor.coverage().ways.values()) == {functions.FLEX_WAY}
-        assert not monitor.coverage().failures
+@pytest.mark.parametrize("style", ["Flex", "CompiledFlex", "TitanFlex"])
+def test_flex_attention_is_captured(style, one_thread):
+    def losses(watch):
+        torch._dynamo.reset()
+        # No backward on the CPU: frozen weights with gradient mode on come closest to training.
+        model = make(style).requires_grad_(False)
+        monitor = IncoherenceMonitor(model, every=2, config=CONFIG) if watch else None
+        result = []
+        for step in range(4):
+            ids = torch.randint(0, 64, (8, 32), generator=torch.Generator().manual_seed(step))
+            if monitor is None:
+                result.append(model(ids).item())
+                continue
+            with monitor.step(step):
+                result.append(model(ids).item())
+        if monitor is not None:
+            monitor.flush()
+            assert len(monitor.coverage().seen) == 2
+            assert set(monitor.coverage().ways.values()) == {functions.FLEX_WAY}
+            assert not monitor.coverage().failures
+            monitor.close()
+        return result
+
+    assert losses(False) == losses(True)
 
 
 def test_windows_of_varlen_calls_stay_in_their_documents():
