@@ -25,7 +25,7 @@ from .ops import check_shapes, smooth_statistics, spectral_statistics
 from .records import FloatArray, LayerInfo, Layout
 from .shares import Shares
 from .stats import STATISTICS
-from .windows import Place, WindowPlan, choose_window, document_runs, extend_plan, select_windows
+from .windows import Place, WindowPlan, choose_window, extend_plan, lengths_of, select_windows
 
 SMOOTH_KEY = tuple(row.name for row in STATISTICS if row.kind == "key" and not row.spectral)
 SMOOTH_QUERY = tuple(row.name for row in STATISTICS if row.kind == "query" and not row.spectral)
@@ -157,7 +157,9 @@ class WindowSampler:
                 known = replace(known, window=self.whole[given.layer].window)
             self.layers[given.layer] = known
         if known.window == 0:
-            known = replace(known, window=choose_window(self.config, _lengths(given)))
+            known = replace(
+                known, window=choose_window(self.config, lengths_of(given.valid, given.starts, given.query.shape[2]))
+            )
             self.layers[given.layer] = known
         self.plans.setdefault(given.layer, WindowPlan(known.window))
         if (known.query_heads, known.key_heads, known.head_dim) != (query_heads, given.key.shape[1], dim):
@@ -256,14 +258,6 @@ class WindowSampler:
             return False
         self.layers = {layer.name: layer for layer in layout.layers}
         return self.assign({})
-
-
-def _lengths(given: AttentionInput) -> Tensor:
-    """Valid tokens of each sequence or packed document, on the host."""
-    if given.starts is not None:
-        begins, remaining = document_runs(given.starts, given.valid)
-        return remaining[begins].cpu()
-    return torch.tensor([given.query.shape[2]]) if given.valid is None else given.valid.sum(dim=1).cpu()
 
 
 def _summarise(layout: Layout, copied: list[tuple[Tensor, list[tuple[LayerInfo, list[int]]]]]) -> SampleSums:

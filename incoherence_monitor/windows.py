@@ -206,6 +206,23 @@ def _within_documents(
     return Selection(rows, begin[:, None] + torch.arange(window, device=device), keep)
 
 
+def lengths_of(valid: Tensor | None, document_starts: Tensor | None, length: int) -> Tensor:
+    """Valid tokens of each sequence or packed document.
+
+    Args:
+        valid: bool [B, L], or None if every token is valid.
+        document_starts: bool [B, L], True where a packed document begins; None if each sequence is one document.
+        length: L.
+
+    Returns:
+        Their lengths, on the host.
+    """
+    if document_starts is not None:
+        begins, remaining = document_runs(document_starts, valid)
+        return remaining[begins].cpu()
+    return torch.tensor([length]) if valid is None else valid.sum(dim=1).cpu()
+
+
 def document_runs(document_starts: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Stretches of valid tokens of one document.
 
