@@ -8,8 +8,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from .models import batches, tiny_model
-from .trainers import CountingCallback, compare, quiet_arguments
+from .models import batches, tiny_model, weights
+from .trainers import CountingCallback, assert_alike, compare, quiet_arguments
 
 pytestmark = pytest.mark.usefixtures("no_pictures", "one_thread")
 
@@ -178,10 +178,44 @@ def test_a_batch_size_that_did_not_fit_starts_the_monitor_anew(tmp_path):
     class Large(transformers.Trainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-            if len(inputs["input_ids"]) > 2:
+            if len(inputs["input_ids"]) > 3:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
             return loss
 
     callback, _ = compare(tmp_path, lambda folder: make_trainer(folder, Large, auto_find_batch_size=True))
     assert callback.every_layer() == [1, 1, 1, 1]
     assert callback.monitor.samples == 4
+
+
+def test_after_a_step_that_was_interrupted_evaluation_and_a_new_run_are_as_ever(tmp_path):
+    class Interrupted(transformers.Trainer):
+        at = 2
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            if self.model.training and self.state.global_step == self.at:
+                # As by the stop button of a notebook, between forward and backward.
+                raise KeyboardInterrupt
+            return loss
+
+    ends = []
+    for watched in (False, True):
+        trainer = make_trainer(tmp_path / str(watched), Interrupted)
+        callback = CountingCallback()
+        if watched:
+            trainer.add_callback(callback)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        values = [trainer.evaluate()["eval_loss"]]
+        if watched:
+            # What had been forwarded counts; the evaluation does not.
+            assert [tap.counter.counted for tap in callback.monitor._capture.taps] == [1, 1]
+        trainer.at = -1
+        trainer.train()
+        values.append(trainer.evaluate()["eval_loss"])
+        ends.append((values, weights(trainer.model)))
+    assert_alike(*ends)
+    # Two steps before the interruption, four in the new run.
+    assert callback.every_layer() == [1] * 6
+    assert callback.monitor.samples == 4
+    assert not callback.monitor.coverage().failures
