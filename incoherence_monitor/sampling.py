@@ -90,6 +90,7 @@ class WindowSampler:
         self.layers: dict[str, LayerInfo] = {}
         self.skipped: Counter[str] = Counter()
         self._open: dict[str, LayerWindows] = {}
+        self._layout = Layout(())
         self._step = 0
 
     def open(self, step: int) -> None:
@@ -184,7 +185,7 @@ class WindowSampler:
                 missing = sum(self.shares.share_of(name)) - planned
                 self.skipped["windows asked for that the step's batches cannot hold"] += missing
         self.skipped = +self.skipped
-        layout = Layout(tuple(sorted(self.layers.values(), key=lambda layer: layer.index)))
+        layout = self._layout_of_all()
         by_device: dict[torch.device, list[LayerWindows]] = {}
         for layer in held:
             if layer.parts:
@@ -194,6 +195,13 @@ class WindowSampler:
             flat = torch.cat([part for layer in layers for part in layer.parts]).cpu()
             copied.append((flat, [(layer.info, layer.windows) for layer in layers]))
         return lambda: _summarise(layout, copied)
+
+    def _layout_of_all(self) -> Layout:
+        layers = tuple(sorted(self.layers.values(), key=lambda layer: layer.index))
+        # One object for all samples: it holds arrays, and histories keep it.
+        if self._layout.layers != layers:
+            self._layout = Layout(layers)
+        return self._layout
 
     def adopt(self, layout: Layout) -> None:
         """Take over the windows of layers that the ranks have agreed on; where one differs, its plan starts anew."""
@@ -228,7 +236,7 @@ class WindowSampler:
 
     def empty(self) -> SampleSums:
         """A sample in which nothing was seen."""
-        return _summarise(Layout(tuple(sorted(self.layers.values(), key=lambda layer: layer.index))), [])
+        return _summarise(self._layout_of_all(), [])
 
     def state_dict(self) -> dict[str, Any]:
         """Plans and layers as plain values."""

@@ -5,6 +5,7 @@ Layer 3: imports the rooms of capture.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,7 +18,7 @@ from .base import CallCounter, Receiver
 from .discovery import Found, find_attention, is_compiled, unwrap
 from .taps import ROUTED, SWITCH, Tap, TapOwner
 
-_ARMED: set[int] = set()
+_ARMED: weakref.WeakSet[ModelCapture] = weakref.WeakSet()
 _WAYS = {
     "routed": ROUTED,
     "multihead": multihead.WAY,
@@ -95,12 +96,12 @@ class ModelCapture(TapOwner):
             tap.arm()
         if self._root is not None and self._root_hook is None:
             self._root_hook = self._root.register_forward_pre_hook(self._next_forward)
-        _ARMED.add(id(self))
+        _ARMED.add(self)
         SWITCH.armed = True
 
     def disarm(self) -> None:
         """Stop watching."""
-        _ARMED.discard(id(self))
+        _ARMED.discard(self)
         SWITCH.armed = bool(_ARMED)
         if self._root_hook is not None:
             self._root_hook.remove()
