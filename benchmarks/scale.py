@@ -135,7 +135,8 @@ def measure(model: Model, samples: int) -> dict[str, Any]:
     held = sum(part.nbytes for part in sampler._open[layer.name].parts)
 
     holding = Holding({each.name: [model.heads, model.key_heads, model.width] for each in mine.layers},
-                      dict.fromkeys((each.name for each in mine.layers), 0))  # fmt: skip
+                      dict.fromkeys((each.name for each in mine.layers), 0),
+                      [each.name for each in mine.layers if model.tensor == 1])  # fmt: skip
     texts = [len(json.dumps(value).encode()) for value in (holding.to_dict(), {"layers": mine.to_list()})]
     names = [[f"{stage}.{at}" for at in range(len(mine.layers))] for stage in range(model.stages)]
     which, leaders = np.arange(GPUS) * model.stages // GPUS, np.arange(GPUS) // model.tensor * model.tensor

@@ -65,6 +65,7 @@ class SharedLayout:
         self._layout: Layout | None = None
         self._ranks: IntArray
         self._part = TensorPart(0)
+        self._whole: set[str] = set()
         self._split_here: int | None = None
 
     @property
@@ -109,6 +110,7 @@ class SharedLayout:
         if self._sampler.assign(held, others=place):
             self._reporter.notice("processes changed", PROCESSES_CHANGED)
         self.declared = {name: value for holding in holdings for name, value in holding.layers.items()}
+        self._whole = {name for holding in holdings for name in holding.whole}
         self._refuse(renamed_layers(holdings))
         self._stop([holding.split for holding in holdings])
         nothing = [holding.nothing for holding in holdings if holding.nothing]
@@ -128,8 +130,8 @@ class SharedLayout:
         Returns:
             The call with the heads that lie on this rank as plain tensors; None where nothing may be measured.
         """
-        query, over_tokens = local_heads(given.query)
-        key, _ = local_heads(given.key)
+        query, over_tokens = local_heads(given.query, self._part)
+        key, _ = local_heads(given.key, self._part)
         if self._split_here is None:
             self._split_here = split_sequences() if over_tokens is None else over_tokens
         if self._split_here is not None or given.layer in self.refused or query.shape[0] == 0:
@@ -167,7 +169,7 @@ class SharedLayout:
         seen = [(coordinate, size, layouts[at]) for at, coordinate, size in parts if layouts[at].layers]
         if not seen:
             return
-        self._layout, refused = join(seen, self.declared, world=len(which))
+        self._layout, refused = join(seen, self.declared, world=len(which), whole=self._whole)
         self._refuse(refused)
         self._sampler.adopt(self._layout)
         # Layers shown by hand are held by those that have shown them. A rank that saw nothing at all had an empty

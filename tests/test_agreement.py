@@ -64,6 +64,13 @@ def test_heads_that_do_not_fit_are_refused():
     assert first_heads(layer(4, 2), layer(3, 1), coordinate=0, size=2) is None
 
 
+def test_a_layer_that_is_not_split_keeps_its_heads_in_a_split_model():
+    found, _ = join([(at, 2, Layout((layer(4, 2),))) for at in range(2)], {}, world=2, whole={"layers.0"})
+    assert (found.layers[0].query_heads, found.layers[0].key_heads) == (4, 2)
+    found, _ = join([(at, 2, Layout((layer(4, 2),))) for at in range(2)], {}, world=2)
+    assert (found.layers[0].query_heads, found.layers[0].key_heads) == (8, 4)
+
+
 def test_tensor_parallelism_without_a_trace_is_refused():
     why = whole_layer({(0, 1): layer(2, 1)}, [4, 2, 32], world=2)
     assert "2 of the 4 query heads" in why
