@@ -29,7 +29,8 @@ from incoherence_monitor.capture import AttentionInput
 from incoherence_monitor.distributed import pack, unpack
 from incoherence_monitor.judge import Judge
 from incoherence_monitor.records import LayerInfo, Layout
-from incoherence_monitor.sampling import SampleSums, WindowSampler
+from incoherence_monitor.sampling import WindowSampler
+from incoherence_monitor.sums import SampleSums
 
 GPUS = 10_000
 BF16 = 2
@@ -135,7 +136,8 @@ def measure(model: Model, samples: int) -> dict[str, Any]:
     held = sum(part.nbytes for part in sampler._open[layer.name].parts)
 
     holding = Holding({each.name: [model.heads, model.key_heads, model.width] for each in mine.layers},
-                      dict.fromkeys((each.name for each in mine.layers), 0))  # fmt: skip
+                      dict.fromkeys((each.name for each in mine.layers), 0),
+                      [each.name for each in mine.layers if model.tensor == 1])  # fmt: skip
     texts = [len(json.dumps(value).encode()) for value in (holding.to_dict(), {"layers": mine.to_list()})]
     names = [[f"{stage}.{at}" for at in range(len(mine.layers))] for stage in range(model.stages)]
     which, leaders = np.arange(GPUS) * model.stages // GPUS, np.arange(GPUS) // model.tensor * model.tensor

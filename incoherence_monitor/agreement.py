@@ -4,21 +4,21 @@ Ranks that hold the same heads of a layer on other data are its **replicas** and
 tensor-parallel group see the same data: they are one replica together, take the same windows, and hold other heads.
 The stages of a pipeline hold other layers.
 
-Layer 3: imports records, sampling, stats and windows.
+Layer 3: imports records, stats, sums and windows.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from .records import IntArray, LayerInfo, Layout
-from .sampling import SampleSums, layer_parts
 from .stats import statistic
+from .sums import SampleSums, layer_parts
 from .windows import Place
 
 Declared = list[int | None]
@@ -31,6 +31,7 @@ class Holding:
     Attributes:
         layers: watched layers with what their configuration declares: query heads, key heads, hidden size.
         numbers: `layer_idx` of each, None where the module has none.
+        whole: those of which no parameter is split over a tensor-parallel group.
         state: names the state that the rank has gone on from, empty without.
         split: position in `sharding.SPLIT_SEQUENCES`, or None.
         nothing: says why the rank's model has no layer to watch, empty otherwise.
@@ -38,6 +39,7 @@ class Holding:
 
     layers: Mapping[str, Declared]
     numbers: Mapping[str, int | None]
+    whole: Sequence[str] = ()
     state: str = ""
     split: int | None = None
     nothing: str = ""
@@ -134,13 +136,16 @@ def onto(sums: SampleSums, layout: Layout, *, coordinate: int, size: int) -> Sam
     return SampleSums(layout, total, count, non_finite, sums.too_short)
 
 
-def whole_layer(seen: Mapping[tuple[int, int], LayerInfo], declared: Declared | None, *, world: int) -> LayerInfo | str:
+def whole_layer(
+    seen: Mapping[tuple[int, int], LayerInfo], declared: Declared | None, *, world: int, split: bool = True
+) -> LayerInfo | str:
     """One layer over all ranks.
 
     Args:
         seen: the layer as ranks see it, by (coordinate, size) in their tensor-parallel group.
         declared: query heads, key heads and hidden size by the configuration, where known.
         world: number of processes.
+        split: whether tensor parallelism may have split it.
 
     Returns:
         The layer, with the shortest of the windows that ranks chose; or why ranks cannot share it.
@@ -158,7 +163,7 @@ def whole_layer(seen: Mapping[tuple[int, int], LayerInfo], declared: Declared | 
             f"it has {heads} of the {queries} query heads that its configuration declares, and how they are spread "
             "over ranks was not found (tensor parallelism that leaves no DTensor parameters)"
         )
-    whole = size == 1 or queries == heads
+    whole = size == 1 or not split or queries == heads
     total = heads if whole else min(queries, heads * size) if queries else heads * size
     # Declared key heads are tried first, since key heads fewer than ranks are held by several; then as many key heads
     # for a query head as the ranks see (latent attention gives every query head a key of its own).
@@ -173,7 +178,11 @@ def whole_layer(seen: Mapping[tuple[int, int], LayerInfo], declared: Declared | 
 
 
 def join(
-    layouts: Sequence[tuple[int, int, Layout]], declared: Mapping[str, Declared], *, world: int
+    layouts: Sequence[tuple[int, int, Layout]],
+    declared: Mapping[str, Declared],
+    *,
+    world: int,
+    whole: Collection[str] = (),
 ) -> tuple[Layout, dict[str, str]]:
     """One layout of all that ranks have seen.
 
@@ -181,6 +190,7 @@ def join(
         layouts: distinct (coordinate, size, layout) of the ranks, in the order of ranks.
         declared: by layer, what configurations declare.
         world: number of processes.
+        whole: layers that tensor parallelism has not split.
 
     Returns:
         The layout; and the layers that ranks cannot share, with why. Indices are kept where ranks agree on them;
@@ -202,7 +212,7 @@ def join(
             seen[layer.name][coordinate, size] = replace(known, window=min(known.window, layer.window))
     shared = []
     for name, by_part in seen.items():
-        layer_or_why = whole_layer(by_part, declared.get(name), world=world)
+        layer_or_why = whole_layer(by_part, declared.get(name), world=world, split=name not in whole)
         if isinstance(layer_or_why, str):
             refused.setdefault(name, layer_or_why)
         elif name not in refused:

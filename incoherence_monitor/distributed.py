@@ -3,7 +3,7 @@
 Every rank enters every collective at the same step: sampling is a function of the step alone, and a rank that failed
 enters with count 0. So no rank can make another wait.
 
-Layer 3: imports agreement, sampling, sharding and torch.distributed.
+Layer 3: imports agreement, sampling, sharding, sums and torch.distributed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from .capture import AttentionInput
 from .errors import ModelError
 from .records import IntArray, Layout
 from .reporting import Reporter
-from .sampling import SampleSums, WindowSampler
+from .sampling import WindowSampler
 from .sharding import SPLIT_SEQUENCES, TensorPart, local_heads, split_sequences
 from .stats import STATISTICS, HeadKind
+from .sums import SampleSums
 from .windows import Place
 
 PROCESSES_CHANGED = (
@@ -65,6 +66,7 @@ class SharedLayout:
         self._layout: Layout | None = None
         self._ranks: IntArray
         self._part = TensorPart(0)
+        self._whole: set[str] = set()
         self._split_here: int | None = None
 
     @property
@@ -109,6 +111,7 @@ class SharedLayout:
         if self._sampler.assign(held, others=place):
             self._reporter.notice("processes changed", PROCESSES_CHANGED)
         self.declared = {name: value for holding in holdings for name, value in holding.layers.items()}
+        self._whole = {name for holding in holdings for name in holding.whole}
         self._refuse(renamed_layers(holdings))
         self._stop([holding.split for holding in holdings])
         nothing = [holding.nothing for holding in holdings if holding.nothing]
@@ -128,8 +131,8 @@ class SharedLayout:
         Returns:
             The call with the heads that lie on this rank as plain tensors; None where nothing may be measured.
         """
-        query, over_tokens = local_heads(given.query)
-        key, _ = local_heads(given.key)
+        query, over_tokens = local_heads(given.query, self._part)
+        key, _ = local_heads(given.key, self._part)
         if self._split_here is None:
             self._split_here = split_sequences() if over_tokens is None else over_tokens
         if self._split_here is not None or given.layer in self.refused or query.shape[0] == 0:
@@ -167,7 +170,7 @@ class SharedLayout:
         seen = [(coordinate, size, layouts[at]) for at, coordinate, size in parts if layouts[at].layers]
         if not seen:
             return
-        self._layout, refused = join(seen, self.declared, world=len(which))
+        self._layout, refused = join(seen, self.declared, world=len(which), whole=self._whole)
         self._refuse(refused)
         self._sampler.adopt(self._layout)
         # Layers shown by hand are held by those that have shown them. A rank that saw nothing at all had an empty

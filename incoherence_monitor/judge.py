@@ -1,6 +1,6 @@
 """Judgement of one reduced sample: values, detector, absolute rules, alerts. Deterministic in steps and data.
 
-Layer 3: imports detectors, alerts, sampling's record of a sample.
+Layer 3: imports detectors, alerts, sums.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .config import MonitorConfig
 from .detectors import DriftDetector
 from .findings import find
 from .records import Alert, FloatArray, Layout, Verdict, rearrange
-from .sampling import SampleSums
+from .sums import SampleSums
 
 RUNAWAY_LOGITS = 15.0
 """Standard deviation of the centred logits, in nats, that healthy runs stay below from the first step."""

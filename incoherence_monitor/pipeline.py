@@ -3,7 +3,7 @@
 A sample is taken up when the next one begins, or at flush, checkpoint or close, alike on every rank; never when a
 thread happens to be ready. So alerts depend on steps and data alone.
 
-Layer 4: imports agreement, judge, dashboard, distributed, sampling.
+Layer 4: imports agreement, judge, dashboard, distributed, sampling, sums.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from .errors import ModelError
 from .judge import Judge, JudgedSample
 from .records import Alert, LayerInfo
 from .reporting import Reporter
-from .sampling import SampleSums, WindowSampler
+from .sampling import WindowSampler
 from .sharding import TensorPart
+from .sums import SampleSums
 
 
 class Clock:

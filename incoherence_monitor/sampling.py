@@ -1,11 +1,9 @@
-"""One sample: from attention inputs on the device to sums of log statistics per stream on the host.
+"""One sample on the device: from attention inputs to what is copied to the host.
 
 Device phase, inside the layer's forward: choose windows, take the statistics that need no eigenvalues and the small
-core that holds the others; queries and keys are not kept. Then one copy to the host. Host phase, on a worker thread:
-eigenvalues, logarithms, sums and counts. What is added up over micro-batches and ranks is sums of logs, never Gram
-matrices (METRICS.md, "The estimator").
+core that holds the others; queries and keys are not kept. Then one copy to the host, where `sums` goes on.
 
-Layer 3: imports ops, records, shares, stats, windows, capture.base.
+Layer 3: imports ops, records, shares, sums, windows, capture.base.
 """
 
 from __future__ import annotations
@@ -15,20 +13,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .capture import AttentionInput
 from .config import MonitorConfig, check_count
-from .ops import check_shapes, smooth_statistics, spectral_statistics
-from .records import FloatArray, LayerInfo, Layout
+from .ops import check_shapes, smooth_statistics
+from .records import LayerInfo, Layout
 from .shares import Shares
-from .stats import STATISTICS
+from .sums import SMOOTH_KEY, SMOOTH_QUERY, SampleSums, summarise, triangle
 from .windows import Place, WindowPlan, choose_window, extend_plan, lengths_of, select_windows
-
-SMOOTH_KEY = tuple(row.name for row in STATISTICS if row.kind == "key" and not row.spectral)
-SMOOTH_QUERY = tuple(row.name for row in STATISTICS if row.kind == "query" and not row.spectral)
 
 
 @dataclass
@@ -45,25 +39,6 @@ class LayerWindows:
     info: LayerInfo
     parts: list[Tensor] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class SampleSums:
-    """A sample on one rank, in a form that adds over ranks.
-
-    Attributes:
-        layout: the streams.
-        total: [S] sum over windows of the log of the statistic.
-        count: [S] windows in that sum.
-        non_finite: [S] windows in which the stream's head received NaN or infinite values.
-        too_short: windows that could not be taken because no sequence was long enough.
-    """
-
-    layout: Layout
-    total: FloatArray
-    count: FloatArray
-    non_finite: FloatArray
-    too_short: int
 
 
 class WindowSampler:
@@ -135,7 +110,7 @@ class WindowSampler:
                 self.skipped[f"windows for which no sequence had {plan.window} tokens"] += sum(part)
                 return
             smooth, core = smooth_statistics(chosen.take(given.query), chosen.take(given.key), scale=given.scale)
-            rows, columns = _triangle(core.shape[-1])
+            rows, columns = triangle(core.shape[-1])
             keep = torch.ones(sum(part), device=core.device) if chosen.keep is None else chosen.keep.float()
             held.parts.append(
                 torch.cat(
@@ -194,7 +169,7 @@ class WindowSampler:
         for layers in by_device.values():
             flat = torch.cat([part for layer in layers for part in layer.parts]).cpu()
             copied.append((flat, [(layer.info, layer.windows) for layer in layers]))
-        return lambda: _summarise(layout, copied)
+        return lambda: summarise(layout, copied)
 
     def _layout_of_all(self) -> Layout:
         layers = tuple(sorted(self.layers.values(), key=lambda layer: layer.index))
@@ -236,7 +211,7 @@ class WindowSampler:
 
     def empty(self) -> SampleSums:
         """A sample in which nothing was seen."""
-        return _summarise(self._layout_of_all(), [])
+        return summarise(self._layout_of_all(), [])
 
     def state_dict(self) -> dict[str, Any]:
         """Plans and layers as plain values."""
@@ -266,68 +241,3 @@ class WindowSampler:
             return False
         self.layers = {layer.name: layer for layer in layout.layers}
         return self.assign({})
-
-
-def _summarise(layout: Layout, copied: list[tuple[Tensor, list[tuple[LayerInfo, list[int]]]]]) -> SampleSums:
-    """The host phase: eigenvalues, logarithms, sums over windows."""
-    total, count, non_finite = np.zeros(layout.size), np.zeros(layout.size), np.zeros(layout.size)
-    too_short = 0
-    places = {(int(layer), name): part for name, part, layer in layer_parts(layout)}
-    at_of = {layer.name: at for at, layer in enumerate(layout.layers)}
-    for flat, layers in copied:
-        start = 0
-        for info, windows in layers:
-            for number in windows:
-                keep, values, bad, start = _unpack(flat, start, info, number)
-                too_short += int((~keep).sum())
-                for name, per_window in values.items():
-                    place = places[at_of[info.name], name]
-                    with np.errstate(divide="ignore", invalid="ignore"):
-                        logs = np.log(per_window[keep])
-                    known = np.isfinite(logs)
-                    total[place] += np.where(known, logs, 0).sum(axis=0)
-                    count[place] += known.sum(axis=0)
-                for row in STATISTICS:
-                    non_finite[places[at_of[info.name], row.name]] += bad[row.kind][keep].sum(axis=0)
-    return SampleSums(layout, total, count, non_finite, too_short)
-
-
-def _triangle(dim: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns of a symmetric matrix's lower triangle: half of it says all."""
-    rows, columns = torch.tril_indices(dim, dim)
-    return rows, columns
-
-
-def _unpack(flat: Tensor, start: int, info: LayerInfo, number: int) -> tuple[Any, dict[str, Any], dict[str, Any], int]:
-    def take(*shape: int) -> Tensor:
-        nonlocal start
-        size = int(np.prod(shape))
-        start += size
-        return flat[start - size : start].reshape(shape)
-
-    keep = take(number).numpy() > 0
-    key = take(number, len(SMOOTH_KEY), info.key_heads)
-    query = take(number, len(SMOOTH_QUERY), info.query_heads)
-    rows, columns = _triangle(info.head_dim)
-    core = torch.zeros(number, info.query_heads, info.head_dim, info.head_dim)
-    core[..., rows, columns] = take(number, info.query_heads, len(rows))
-    core[..., columns, rows] = core[..., rows, columns]
-    values = {name: key[:, at].double().numpy() for at, name in enumerate(SMOOTH_KEY)}
-    values |= {name: query[:, at].double().numpy() for at, name in enumerate(SMOOTH_QUERY)}
-    values |= {name: value.double().numpy() for name, value in spectral_statistics(core).items()}
-    bad_key = ~np.isfinite(values["key_norm"])
-    # Both are undefined for queries that are all zero too, but then the energy scale is zero, not missing.
-    bad_query = ~np.isfinite(values["energy_scale"]) & ~np.isfinite(values["query_participation_rank"])
-    return keep, values, {"key": bad_key, "query": bad_query}, start
-
-
-def layer_parts(layout: Layout) -> list[tuple[str, slice, int]]:
-    """For each statistic and layer, the streams they take."""
-    result = []
-    for row in STATISTICS:
-        start = layout.slices[row.name].start
-        for at, layer in enumerate(layout.layers):
-            stop = start + layer.heads(row.kind)
-            result.append((row.name, slice(start, stop), at))
-            start = stop
-    return result

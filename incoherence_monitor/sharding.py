@@ -40,7 +40,7 @@ class TensorPart:
     size: int = 1
 
 
-def tensor_part(model: nn.Module | None, layers: Sequence[nn.Module], *, rank: int) -> TensorPart:
+def tensor_part(model: nn.Module | None, layers: Sequence[nn.Module], *, rank: int) -> tuple[TensorPart, list[bool]]:
     """Find the tensor-parallel group of the attention layers.
 
     Args:
@@ -49,24 +49,31 @@ def tensor_part(model: nn.Module | None, layers: Sequence[nn.Module], *, rank: i
         rank: this process.
 
     Returns:
-        The part; that of a process on its own where no parameter of a layer is split over a tensor-parallel mesh.
+        The part, that of a process on its own where no parameter of a layer is split over a tensor-parallel mesh; and
+        for each layer whether it is split.
 
     Raises:
         ValueError: if layers are split over several meshes, so that it is not known who sees the same data.
     """
     if model is None or not layers:
-        return TensorPart(rank)
+        return TensorPart(rank), [False] * len(layers)
     skipped = _data_parallel_dimensions(model)
-    parts = {
-        _part_along(parameter, dimension)
+    of_layers = [
+        {
+            _part_along(parameter, dimension)
+            for module in layer.modules()
+            for parameter in module.parameters(recurse=False)
+            for dimension in _tensor_dimensions(parameter, skipped.get(module, ""))
+        }
         for layer in layers
-        for module in layer.modules()
-        for parameter in module.parameters(recurse=False)
-        for dimension in _tensor_dimensions(parameter, skipped.get(module, ""))
-    }
+    ]
+    parts = set().union(*of_layers)
     if len(parts) > 1:
         raise ValueError(f"the attention layers are split over {len(parts)} different tensor-parallel groups")
-    return parts.pop() if parts else _transformers_part(model) or TensorPart(rank)
+    if parts:
+        return parts.pop(), [bool(found) for found in of_layers]
+    noted = _transformers_part(model)
+    return noted or TensorPart(rank), [noted is not None] * len(layers)
 
 
 def _data_parallel_dimensions(model: nn.Module) -> dict[nn.Module, str]:
@@ -150,17 +157,18 @@ def _torch_splits() -> bool:
     return False
 
 
-def local_heads(tensor: Tensor) -> tuple[Tensor, int | None]:
+def local_heads(tensor: Tensor, part: TensorPart) -> tuple[Tensor, int | None]:
     """The heads that lie on this process, as a plain tensor [B, H, L, d].
 
     Args:
         tensor: queries or keys; a DTensor where the model's plan leaves activations so.
+        part: what is known of this process's heads.
 
     Returns:
         The tensor; and a position in `SPLIT_SEQUENCES` if its tokens are split over ranks, else None.
 
     Raises:
-        ValueError: if the DTensor is split otherwise than by batch or heads.
+        ValueError: if the DTensor is split otherwise than by batch or heads, or over heads that are not known of.
     """
     placements = getattr(tensor, "placements", None)
     if placements is None:
@@ -170,4 +178,9 @@ def local_heads(tensor: Tensor) -> tuple[Tensor, int | None]:
         return tensor, _TORCH
     if not dims <= {None, 0, 1, -3} or any(placement.is_partial() for placement in placements):
         raise ValueError(f"queries or keys with placements {placements} are not understood")
+    if dims & {1, -3} and part.size == 1:
+        raise ValueError(
+            "queries or keys are DTensors split over heads, but no tensor-parallel group was found on the model's "
+            "attention layers; give the monitor the model that holds them"
+        )
     return tensor.to_local(), None  # type: ignore[attr-defined]

@@ -94,13 +94,15 @@ def holding(model: Callable[[], nn.Module | None] | None, capture: ModelCapture 
     root, rank = None if model is None else model(), rank_and_world()[0]
     taps = capture.taps if capture is not None else []
     numbers = {tap.name: getattr(tap.module, "layer_idx", None) for tap in taps}
+    part, split = tensor_part(root, [tap.module for tap in taps], rank=rank)
     own = Holding(
         {tap.name: tap.declared for tap in taps},
         {name: number if isinstance(number, int) else None for name, number in numbers.items()},
+        whole=[tap.name for tap, over_ranks in zip(taps, split, strict=True) if not over_ranks],
         split=split_sequences(),
         nothing="" if capture is None or taps else _nothing_to_watch(root, capture),
     )
-    return own, tensor_part(root, [tap.module for tap in taps], rank=rank)
+    return own, part
 
 
 def describe_layer(given: AttentionInput, capture: ModelCapture | None, sampler: WindowSampler) -> LayerInfo:

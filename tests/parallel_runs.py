@@ -302,8 +302,9 @@ def split_sequences(rank, world, folder, kind):
 
                 with context_parallel(mesh, buffers=[torch.zeros(1, 64)], buffer_seq_dims=[1]):
                     monitor.observe("layer", query, key)
-            elif kind == "dtensor":
-                over = [DTensor.from_local(each, mesh, [Shard(2)], run_check=False) for each in (query, key)]
+            elif kind in ("dtensor", "heads"):
+                split = Shard(2 if kind == "dtensor" else 1)
+                over = [DTensor.from_local(each, mesh, [split], run_check=False) for each in (query, key)]
                 monitor.observe("layer", *over)
             else:
                 monitor.observe("layer", query, key)
@@ -400,11 +401,13 @@ def deepspeed(rank, world, folder, stage):
         "zero_force_ds_cpu_optimizer": False,
     }
 
-    def run(monitored, lr, broken=False):
+    def run(monitored, lr, broken=False, output_dir=None):
         inner = model()
         optimizer = torch.optim.AdamW(inner.parameters(), lr=lr)
         engine, *_ = ds.initialize(model=inner, optimizer=optimizer, config=settings, dist_init_required=False)
-        monitor = IncoherenceMonitor(engine.module, every=1, config=CONFIG, output_dir=folder) if monitored else None
+        monitor = (
+            IncoherenceMonitor(engine.module, every=1, config=CONFIG, output_dir=output_dir) if monitored else None
+        )
         engine.train()
         losses = []
         for step, batch in enumerate(data(rank, world)):
@@ -418,5 +421,5 @@ def deepspeed(rank, world, folder, stage):
     runs = [run(False, 1e-3)[0], run(False, 1e-3)[0]]
     losses, monitor = run(True, 1e-3)
     monitor.close()
-    last = run(True, 0.0, broken=True)[1]
+    last = run(True, 0.0, broken=True, output_dir=folder)[1]
     return {**results(last), "runs": [*runs, losses]}

@@ -17,8 +17,8 @@ from incoherence_monitor.agreement import (
 )
 from incoherence_monitor.distributed import pack, unpack
 from incoherence_monitor.records import LayerInfo, Layout
-from incoherence_monitor.sampling import SampleSums
 from incoherence_monitor.sharding import SPLIT_SEQUENCES
+from incoherence_monitor.sums import SampleSums
 from incoherence_monitor.windows import Place
 
 
@@ -62,6 +62,13 @@ def test_heads_of_a_tensor_parallel_group_stand_side_by_side(held, declared, who
 def test_heads_that_do_not_fit_are_refused():
     assert "ranks hold [(2, 2), (3, 3)]" in whole_layer(parts((3, 3), (2, 2), (3, 3)), None, world=3)
     assert first_heads(layer(4, 2), layer(3, 1), coordinate=0, size=2) is None
+
+
+def test_a_layer_that_is_not_split_keeps_its_heads_in_a_split_model():
+    found, _ = join([(at, 2, Layout((layer(4, 2),))) for at in range(2)], {}, world=2, whole={"layers.0"})
+    assert (found.layers[0].query_heads, found.layers[0].key_heads) == (4, 2)
+    found, _ = join([(at, 2, Layout((layer(4, 2),))) for at in range(2)], {}, world=2)
+    assert (found.layers[0].query_heads, found.layers[0].key_heads) == (8, 4)
 
 
 def test_tensor_parallelism_without_a_trace_is_refused():

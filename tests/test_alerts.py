@@ -10,7 +10,7 @@ from incoherence_monitor.alerts import AlertBook
 from incoherence_monitor.findings import MODEL, Finding, find, group
 from incoherence_monitor.judge import Judge
 from incoherence_monitor.records import LayerInfo, Layout
-from incoherence_monitor.sampling import SampleSums
+from incoherence_monitor.sums import SampleSums
 
 LAYOUT = Layout(tuple(LayerInfo(f"layer{at}", at, 4, 2, 16, window=64) for at in range(3)))
 

@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "reporting", "coverage"},
     {"ops"},
     {"stats", "config", "records", "messages", "baseline", "detectors", "findings", "alerts"},
-    {"windows", "shares", "capture", "sampling", "sharding", "agreement", "distributed"}
+    {"windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "history", "judge", "figures"},
     {"dashboard", "pipeline", "state", "watching", "monitor"},
     {"integrations"},
@@ -31,10 +31,10 @@ SIDEWAYS = {
     "findings": {"records", "stats"},
     "alerts": {"findings", "messages", "records", "stats"},
     "shares": {"windows"},
-    "sampling": {"windows", "shares", "capture"},
-    "agreement": {"windows", "sampling"},
-    "distributed": {"windows", "agreement", "capture", "sampling", "sharding"},
-    "judge": {"sampling"},
+    "sampling": {"windows", "shares", "sums", "capture"},
+    "agreement": {"windows", "sums"},
+    "distributed": {"windows", "agreement", "capture", "sampling", "sharding", "sums"},
+    "judge": {"sums"},
     "pipeline": {"dashboard"},
     "monitor": {"pipeline", "state", "dashboard", "watching"},
     "cli": {"demo", ""},

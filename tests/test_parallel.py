@@ -113,6 +113,12 @@ def test_split_sequences_are_refused_by_name(kind, says, tmp_path):
         assert not result["failures"]
 
 
+def test_heads_split_over_ranks_that_are_not_known_of_are_not_mixed(tmp_path):
+    for result in run(parallel_runs.split_sequences, 2, tmp_path, "heads"):
+        assert result["latest"] == {}
+        assert result["failures"] == {"observing: ValueError": 4}
+
+
 @pytest.mark.parametrize("fault", ["empty", "capture", "holding"])
 def test_a_rank_that_fails_or_has_nothing_makes_no_other_wait(fault, tmp_path):
     """`run` has a time limit, and collectives one of a minute."""

@@ -66,7 +66,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model inside what compilation and data parallel wrap around it."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        if inner is None and (wrapped or type(model).__name__ == "DeepSpeedEngine"):
             inner = model.module
         if not isinstance(inner, nn.Module):
             return model
