@@ -328,3 +328,15 @@ def test_observe_inside_a_compiled_model(one_thread):
         return result
 
     assert losses(False) == losses(True)
+
+
+def test_attached_after_compilation_it_is_compiled_again_and_seen(one_thread):
+    """Unlike layers that ask transformers: the function replaced is one that Dynamo guards on."""
+    torch._dynamo.reset()
+    model = make("NanoGPT")
+    compiled = torch.compile(model)
+    run(model, call=compiled, steps=1)
+    with IncoherenceMonitor(model, every=1, config=CONFIG) as monitor:
+        run(model, monitor=monitor, steps=2, call=compiled)
+        assert len(monitor.coverage().seen) == 2
+        assert not monitor.coverage().notices
