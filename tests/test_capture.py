@@ -186,6 +186,20 @@ def test_each_layer_counts_once_a_micro_batch(kind):
         assert {plan.parts for plan in plans} == {((2, 1), (1, 2), (1, 1))}
 
 
+def test_reentrant_backwards_after_several_forwards_are_not_taken_for_shared_layers():
+    model = tiny_model("llama").train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with IncoherenceMonitor(model, every=1, config=CONFIG, micro_batches=2) as monitor:
+        with monitor.step(0):
+            losses = [model(**batch, use_cache=False).loss for batch in batches(2)]
+            for loss in losses:
+                loss.backward()
+        assert [tap.counter.counted for tap in monitor._capture.taps] == [2, 2]
+        monitor.flush()
+        assert len(monitor.coverage().seen) == 2
+
+
 def test_the_same_step_entered_again_adds():
     model = tiny_model("llama").train()
     data = batches(2)

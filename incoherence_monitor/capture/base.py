@@ -79,6 +79,8 @@ class CallCounter:
             if self.pending:
                 self.pending -= 1
                 return None
+            # The backward does not tell whose forward it runs again.
+            forward = 0
         else:
             self.pending += 1
         self._use = self._use + 1 if forward and forward == self._forward else 0
