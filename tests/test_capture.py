@@ -145,6 +145,24 @@ def test_windows_stay_in_packed_documents(told_by):
     assert [one.starts.nonzero()[:, 1].tolist() for one in seen] == [[0, 50, 70]] * 2
 
 
+@pytest.mark.parametrize("additive", [False, True])
+def test_keys_that_queries_leave_out_are_no_padding(additive):
+    from incoherence_monitor.capture.masks import tokens
+
+    selected = torch.rand(2, 1, 40, 40) < 0.3
+    selected &= torch.ones(40, 40, dtype=torch.bool).tril()
+    selected[..., 0, 0] = selected[..., 33:, 33] = True
+    # The second sequence is padded on the left and on the right.
+    selected[0, :, :, 39] = torch.arange(40) == 39
+    selected[1, :, :, :5] = selected[1, :, :, 35:] = False
+    selected[1, :, 5:, 5] = selected[1, :, 34:, 34] = True
+    mask = torch.where(selected, 0.0, torch.finfo(torch.float32).min) if additive else selected
+    valid, starts = tokens(mask, {"indices": None}, batch=2, length=40, device=torch.device("cpu"))
+    places = torch.arange(40)
+    assert starts is None
+    assert torch.equal(valid, torch.stack([places >= 0, (places >= 5) & (places < 35)]))
+
+
 def test_a_module_that_runs_several_times_in_a_forward_is_as_many_layers():
     from transformers import AlbertConfig, AlbertForMaskedLM
 

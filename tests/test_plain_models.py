@@ -250,6 +250,37 @@ def test_multihead_attention_is_measured_on_its_own_projections():
     assert list(latest["energy_scale"].values()) == pytest.approx(expected.tolist(), rel=1e-4)
 
 
+class WavLM(nn.Module):
+    """Projections of its own, handed to torch's function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x):
+        x = x.transpose(0, 1)
+        y, _ = nn.functional.multi_head_attention_forward(
+            x, x, x, 32, 4, torch.empty([0]), torch.cat((self.query.bias, self.key.bias, self.value.bias)), None, None,
+            False, 0.0, self.out.weight, self.out.bias, True, use_separate_proj_weight=True,
+            q_proj_weight=self.query.weight, k_proj_weight=self.key.weight, v_proj_weight=self.value.weight,
+        )  # fmt: skip
+        return y.transpose(0, 1)
+
+
+def test_the_function_behind_multihead_attention():
+    torch.manual_seed(0)
+    model = nn.Sequential(WavLM()).train()
+    x = torch.randn(8, 32, 32)
+    with IncoherenceMonitor(model, every=1, config=CONFIG) as monitor:
+        with monitor.step(0):
+            model(x)
+        latest = monitor.latest
+        assert not monitor.coverage().failures
+    query, key = (part(x).unflatten(-1, (4, 8)).transpose(1, 2) for part in (model[0].query, model[0].key))
+    expected = head_statistics(query, key)["energy_scale"].log().mean(dim=0).exp()
+    assert list(latest["energy_scale"].values()) == pytest.approx(expected.tolist(), rel=1e-4)
+
+
 def test_a_forward_that_raises_leaves_no_mode_behind():
     class Breaks(styles.ByHand):
         def forward(self, x):

@@ -23,13 +23,14 @@ _CROSS_NAMES = {"encoder_attn", "EncDecAttention", "crossattention", "cross_attn
 _WRAPPER_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 _FUNCTIONS = {
     "scaled_dot_product_attention",
+    "multi_head_attention_forward",
     "flex_attention",
     "flash_attn_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
     "flash_attn_varlen_qkvpacked_func",
 }
-_OTHER_WAYS = {"flex_attention", "flash_attn_func", "flash_attn_varlen_func"}
+_NO_MODE = _FUNCTIONS - {"scaled_dot_product_attention"}
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
 CROSS = "it is cross-attention, whose queries and keys come from different sequences"
 
@@ -127,7 +128,7 @@ def _judge(name: str, module: nn.Module) -> Found | None:
         return Found(name, module, "routed")
     if names & _FUNCTIONS:
         # The mode that follows products does not go together with functions that torch does not know or compiles.
-        way: Way = "function" if code.compiles or names & _OTHER_WAYS else "sdpa"
+        way: Way = "function" if code.compiles or names & _NO_MODE else "sdpa"
         return Found(name, module, way, namespaces=code.namespaces)
     if not looks and not (names & {"softmax", "Softmax"} and (code.multiplies or names & _PRODUCTS)):
         return None

@@ -4,12 +4,13 @@ Needed where the torch function mode of `products` cannot be: in compiled code, 
 know. While a capture that needs them lives, these functions are replaced where the watched modules' code looks them
 up: in torch.nn.functional, in the packages they come from, and in the globals of the files the modules are written in.
 
-Layer 3: imports capture.current, products and taps.
+Layer 3: imports capture.current, multihead, products and taps.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import products
+from . import multihead, products
 from .current import CURRENT, running
 from .masks import starts_of
 from .taps import SWITCH, place_of, tap
@@ -88,12 +89,31 @@ def _take_flash(query: Tensor, key: Tensor, scale: float | None, *, ends: Tensor
     tap(module, query, key, scale=scale, seen=seen, way=FLASH_WAY)
 
 
+def _multihead(args: tuple[Any, ...], given: dict[str, Any]) -> None:
+    """`multi_head_attention_forward`, called by a module that is no nn.MultiheadAttention; query and key [L, B, E]."""
+    module = running()
+    if module is None:
+        return
+    bound = inspect.signature(torch.nn.functional.multi_head_attention_forward).bind(*args, **given).arguments
+    separate = bound.get("use_separate_proj_weight", False)
+    multihead.project_and_tap(
+        module,
+        bound["query"].transpose(0, 1),
+        bound["key"].transpose(0, 1),
+        heads=bound["num_heads"],
+        packed=(bound["in_proj_weight"], bound["in_proj_bias"]),
+        separate=(bound["q_proj_weight"], bound["k_proj_weight"]) if separate else None,
+        masks=(bound.get("key_padding_mask"), bound.get("attn_mask")),
+    )
+
+
 def _bind(args: tuple[Any, ...], given: dict[str, Any], names: tuple[str, ...]) -> list[Any]:
     return [given.get(name, args[at] if len(args) > at else None) for at, name in enumerate(names)]
 
 
 TAKES: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], None]] = {
     "scaled_dot_product_attention": _sdpa,
+    "multi_head_attention_forward": _multihead,
     "flex_attention": _flex,
     "flash_attn_func": _flash,
     "flash_attn_qkvpacked_func": _flash_packed,

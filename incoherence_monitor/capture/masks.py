@@ -27,7 +27,8 @@ def tokens(
 
     Args:
         mask: None; [B, L] (FlashAttention); [B or 1, H or 1, L or 1, L] bool or additive; or a flex `BlockMask`.
-        kwargs: the other arguments of the call: `cu_seq_lens_q` and [B or 1, L] `position_ids` tell of documents.
+        kwargs: the other arguments of the call: `cu_seq_lens_q` and [B or 1, L] `position_ids` tell of documents;
+            `indices` that each query selects its keys.
         batch: B.
         length: L.
         device: of the result for a `BlockMask`.
@@ -38,9 +39,14 @@ def tokens(
     Raises:
         ValueError: if the mask has none of these forms.
     """
-    valid = _allowed(mask, 0, batch=batch, length=length, device=device)
-    previous = _allowed(mask, 1, batch=batch, length=length, device=device) if length > 1 else None
-    starts = None
+    starts: Tensor | None = None
+    previous: Tensor | None = None
+    valid: Tensor | None
+    if "indices" in kwargs and isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2] == length:
+        valid = _ever_attended(mask[:, 0, :, :length]).expand(batch, length)
+    else:
+        valid = _allowed(mask, 0, batch=batch, length=length, device=device)
+        previous = _allowed(mask, 1, batch=batch, length=length, device=device) if length > 1 else None
     if previous is not None:
         starts = torch.cat([torch.ones_like(previous[:, :1]), ~previous], dim=1)
     ends, places = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
@@ -80,6 +86,18 @@ def worth_knowing(valid: Tensor | None, starts: Tensor | None) -> Tensor | None:
         return starts
     inner = starts[:, 1:] if valid is None else starts[:, 1:] & valid[:, 1:] & valid[:, :-1]
     return starts if bool(inner.any()) else None
+
+
+def _ever_attended(square: Tensor) -> Tensor:
+    """From the first to the last token that any other attends to, bool [B, L].
+
+    Where queries select their keys, as in DeepSeek's sparse attention, the mask [B, L, L] has holes on its diagonals
+    that are no padding. This reads all of it, and allocates no more than a row.
+    """
+    attended = square.amax(dim=-2) > _FORBIDDEN if square.is_floating_point() else square.any(dim=-2)
+    begun = attended.long().cummax(dim=-1).values
+    not_ended = attended.flip(-1).long().cummax(dim=-1).values.flip(-1)
+    return (begun * not_ended).bool()
 
 
 def _either(one: Tensor | None, other: Tensor) -> Tensor:
@@ -128,7 +146,7 @@ class TokensCache:
     ) -> tuple[Tensor | None, Tensor | None]:
         """As `tokens`."""
         given = [mask, kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")]
-        key = (batch, length, *((id(one), getattr(one, "_version", 0)) for one in given))
+        key = (batch, length, "indices" in kwargs, *((id(one), getattr(one, "_version", 0)) for one in given))
         if key == self._key and all(held() is one for held, one in zip(self._alive, given, strict=True)):
             return self._answer
         valid, starts = tokens(mask, kwargs, batch=batch, length=length, device=device)

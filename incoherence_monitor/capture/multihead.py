@@ -1,4 +1,4 @@
-"""Capture of `nn.MultiheadAttention`, whose queries and keys exist only inside one fused function.
+"""Capture of `nn.MultiheadAttention`, whose queries and keys exist only inside one function of torch.
 
 A pre-hook computes them again from the module's inputs and projection weights, in sampled steps alone. The same
 arithmetic as the module's own, under the same autocast; nothing of the module's run is touched.
@@ -53,39 +53,61 @@ def _take(module: nn.MultiheadAttention, given: dict[str, Any]) -> None:
     query, key = given["query"], given["key"]
     if query.is_nested:
         raise ValueError("nested tensors are not understood; call monitor.observe(...) there")
-    weight, bias = module.in_proj_weight, module.in_proj_bias
-    width = module.embed_dim
+    if query.dim() == 2:
+        query, key = query[None], key[None]
+    elif not module.batch_first:
+        query, key = query.transpose(0, 1), key.transpose(0, 1)
+    separate = (module.q_proj_weight, module.k_proj_weight) if module.in_proj_weight is None else None
+    packed = (module.in_proj_weight, module.in_proj_bias)
+    masks = (given.get("key_padding_mask"), given.get("attn_mask"))
+    project_and_tap(module, query, key, heads=module.num_heads, packed=packed, separate=separate, masks=masks)
+
+
+def project_and_tap(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    *,
+    heads: int,
+    packed: tuple[Tensor | None, Tensor | None],
+    separate: tuple[Tensor, Tensor] | None,
+    masks: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """Compute queries and keys as `multi_head_attention_forward` does, and take them.
+
+    Args:
+        module: the watched module.
+        query: [B, L, E], before the projection.
+        key: [B, L, E or another width].
+        heads: number of heads.
+        packed: weight [3 E, E] and bias [3 E] of all projections.
+        separate: weights of the query and key projections, where there is no packed one.
+        masks: key padding mask [B, L] and attention mask [L, L] or [B H, L, L], in which True forbids.
+    """
+    weight, bias = packed
     gradient = torch.is_grad_enabled()
     with torch.no_grad():
-        weights = (module.q_proj_weight, module.k_proj_weight) if weight is None else weight[: 2 * width].chunk(2)
-        biases = (None, None) if bias is None else bias[: 2 * width].chunk(2)
-        heads = [
-            _heads(functional.linear(x, w, b), module) for x, w, b in zip((query, key), weights, biases, strict=True)
-        ]
-        seen = _tokens(given, module, batch=heads[0].shape[0], length=heads[0].shape[2])
+        weights = separate
+        if weights is None:
+            assert weight is not None
+            weights = (weight.chunk(3)[0], weight.chunk(3)[1])
+        biases = (None, None) if bias is None else (bias.chunk(3)[0], bias.chunk(3)[1])
+        projected = [functional.linear(x, w, b) for x, w, b in zip((query, key), weights, biases, strict=True)]
+        query, key = (each.reshape(*each.shape[:2], heads, -1).transpose(1, 2) for each in projected)
+        seen = _tokens(*masks, heads=heads, batch=query.shape[0], length=query.shape[2])
     # Whether the call counts depends on the gradient mode it was made in.
     with torch.set_grad_enabled(gradient):
-        tap(module, heads[0], heads[1], scale=None, seen=seen, way=WAY)
-
-
-def _heads(projected: Tensor, module: nn.MultiheadAttention) -> Tensor:
-    """[B, H, L, d] of [B, L, H d], [L, B, H d] or, without a batch, [L, H d]."""
-    if projected.dim() == 2:
-        projected = projected[None]
-    elif not module.batch_first:
-        projected = projected.transpose(0, 1)
-    return projected.reshape(*projected.shape[:2], module.num_heads, -1).transpose(1, 2)
+        tap(module, query, key, scale=None, seen=seen, way=WAY)
 
 
 def _tokens(
-    given: dict[str, Any], module: nn.MultiheadAttention, *, batch: int, length: int
+    padding: Tensor | None, attention: Tensor | None, *, heads: int, batch: int, length: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Valid tokens, and where documents begin, from the module's two masks, in which True forbids."""
-    padding, attention = given.get("key_padding_mask"), given.get("attn_mask")
+    """Valid tokens, and where documents begin, from the two masks."""
     valid, starts = None, None
     if attention is not None and attention.shape[-1] == attention.shape[-2] == length:
         # In three dimensions the first is batch times heads.
-        square = attention.detach()[None] if attention.dim() == 2 else attention.detach()[:: module.num_heads]
+        square = attention.detach()[None] if attention.dim() == 2 else attention.detach()[::heads]
         valid, previous = (
             allowed_on_diagonal(square, below) if square.is_floating_point() else ~square.diagonal(-below, 1, 2)
             for below in (0, 1)

@@ -51,5 +51,7 @@ def _tapped(
     **kwargs: Any,
 ) -> Any:
     if getattr(module, SLOT, None) is not None:
-        tap(module, query, key, scale=kwargs.get("scaling"), mask=attention_mask, kwargs=kwargs)
+        # Compressed entries follow the tokens' own keys (DeepSeek V4).
+        own = key[:, :, : query.shape[2]] if getattr(module, "compressor", None) is not None else key
+        tap(module, query, own, scale=kwargs.get("scaling"), mask=attention_mask, kwargs=kwargs)
     return function(module, query, key, value, attention_mask, *args, **kwargs)

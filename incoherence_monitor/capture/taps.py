@@ -95,8 +95,7 @@ class Tap:
         module = found.module
         self.place = _PLACES.setdefault(module, Place())
         config = getattr(module, "config", None)
-        declared = [getattr(config, name, None) for name in _DECLARED]
-        self.declared = [value if isinstance(value, int) else None for value in declared]
+        self.declared = [_declared(config, name) for name in _DECLARED]
         self.counter = CallCounter()
         # Not known before the first call.
         self.repeats = 0
@@ -139,6 +138,14 @@ class Tap:
         self.owner.skipped[reason] += 1
         if self.counter.counted == 0:
             self.owner.why_unseen[self.name] = reason
+
+
+def _declared(config: Any, name: str) -> int | None:
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # Configurations whose layers differ refuse to give one number for all.
+        return None
+    return value if isinstance(value, int) else None
 
 
 class TapOwner:
