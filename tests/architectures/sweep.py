@@ -74,8 +74,8 @@ class Outcome:
 
     @property
     def routed(self) -> bool:
-        """Whether every self-attention layer asks transformers for its function."""
-        return bool(self.there) and all(layer.routed for layer in self.there.values())
+        """Whether every self-attention layer asks transformers for its function, and for as many keys as queries."""
+        return bool(self.there) and all(layer.routed and not layer.other_length for layer in self.there.values())
 
     @property
     def fully_seen(self) -> bool:
