@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import signal
 import tempfile
 import time
@@ -259,7 +260,9 @@ def _same(one: str, other: str) -> bool:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:120]
+    # Without paths, which differ from machine to machine.
+    line = re.sub(r"[\"'(<]*/[\w.-]+/\S*", "...", lines[0]) if lines else ""
+    return f"{type(error).__name__}: {line}"[:120]
 
 
 @contextmanager
