@@ -60,12 +60,12 @@ class Step:
 
     Attributes:
         layers: self-attention layers, by their names in the model.
-        cross: modules that made the product of cross-attention or of pooling.
+        others: modules that made the product of cross-attention or pooling, or did so in a frozen part.
         ran: every module that ran.
     """
 
     layers: dict[str, SelfAttention] = field(default_factory=dict)
-    cross: set[str] = field(default_factory=set)
+    others: set[str] = field(default_factory=set)
     ran: set[str] = field(default_factory=set)
 
 
@@ -124,12 +124,13 @@ class _Watch(TorchFunctionMode):
 
     def _found(self, frame: _Frame, product: str, queries: int, keys: int) -> None:
         if not (torch.is_grad_enabled() and frame.module.training):
+            self.step.others.add(frame.name)
             return
         if self.inside_interface:
             # What the function was given: inside, sinks may be added to the keys.
             queries, keys = self.inside_interface[-1]
         if queries == 1 or _is_cross(frame):
-            self.step.cross.add(frame.name)
+            self.step.others.add(frame.name)
             return
         layer = self.step.layers.setdefault(frame.name, SelfAttention(type(frame.module).__name__))
         layer.products.add(product)

@@ -114,8 +114,6 @@ def run(model_type: str) -> Outcome:
     except Exception as error:
         outcome.error = _first_line(error)
         return outcome
-    finally:
-        gc.collect()
     outcome.model = type(model).__name__
     outcome.attention = str(getattr(model.config, "_attn_implementation", None) or "eager")
     outcome.there = {name: layer for name, layer in step.layers.items() if layer.longest >= WINDOW}
@@ -241,7 +239,7 @@ def _compare(monitor: IncoherenceMonitor, step: Step, outcome: Outcome) -> None:
         else:
             missed.append(name)
     outcome.seen, outcome.missed = tuple(seen), tuple(missed)
-    attention = {*step.layers, *step.cross}
+    attention = {*step.layers, *step.others}
     outcome.strangers = tuple(
         name for name in coverage.watched if name in step.ran and not any(_same(name, other) for other in attention)
     )
@@ -289,5 +287,8 @@ def sweep(types: Iterable[str], *, show: bool = False) -> list[Outcome]:
         if show:
             found = outcome.error or f"{len(outcome.seen)}/{len(outcome.there)}"
             print(f"{model_type:<40}{found}, {time.monotonic() - began:.1f} s", flush=True)
+        # Modelling files stay and are not gone through again, which would take longer than the steps do.
         gc.collect()
+        gc.freeze()
+    gc.unfreeze()
     return outcomes
