@@ -72,7 +72,12 @@ def _others(model: Any, names: set[str]) -> Iterator[dict[str, Any]]:
     if "grid_thw" in names:
         patches, grid = _patches(model)
         first = next(iter(inspect.signature(model.forward).parameters))
-        yield {first: patches, "grid_thw": grid}
+        side = _config_value(model, ("patch_size",), 14)
+        for shape in (patches.shape, (len(patches), -1, side, side)):
+            yield {first: patches.reshape(shape), "grid_thw": grid}
+    if "flattened_patches" in names:
+        patch = _config_value(model, ("patch_size",), 16)
+        yield {"flattened_patches": torch.cat([torch.ones(BATCH, 64, 2), torch.randn(BATCH, 64, 3 * patch**2)], -1)}
     if "input_features" in names:
         mel = _config_value(model, ("num_mel_bins", "n_mels", "input_feat_per_channel", "feature_projection_input_dim",
                                     "input_feat_size", "input_dim", "mel_bins"), 128)  # fmt: skip
@@ -98,7 +103,9 @@ def _pictures(model: Any, names: set[str]) -> Iterator[dict[str, Any]]:
     frames = _config_value(model, ("num_frames", "frames_per_clip"), 4)
     if "image_grid_thw" in names:
         patches, grid = _patches(model)
-        yield {"pixel_values": patches, "image_grid_thw": grid}
+        side = _config_value(model, ("patch_size",), 14)
+        for shape in (patches.shape, (len(patches), -1, side, side), (1, len(patches), -1, side, side)):
+            yield {"pixel_values": patches.reshape(shape), "image_grid_thw": grid}
         return
     if "image_attention_mask" in names:
         mask = torch.ones(BATCH, TEXT, 1, dtype=torch.long)

@@ -7,8 +7,9 @@ The rule. A forward hook on every module says which one is running. Under a `Tor
 It belongs to the innermost running module that has parameters (so not to `nn.Softmax` and other helpers).
 It is cross-attention, and left out, where the module says so (`is_cross_attention`), where its name does ("cross",
 "encoder_attn", "EncDec"), or where it was called with two sequences of hidden states of different lengths; encoder and
-decoder are fed different lengths for that reason. Pooling, with a single query, is left out too. Attention by other
-means (linear attention, state spaces, products normalised by anything but a softmax) is none here.
+decoder are fed different lengths for that reason. Pooling, with a single query, is left out too, and so are products
+without gradient or in a module that is not in training mode, as in a frozen part. Attention by other means
+(linear attention, state spaces, products normalised by anything but a softmax) is none here.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bm
             torch.einsum, torch.functional.einsum}  # fmt: skip
 SOFTMAXES = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
 CROSS_NAMES = ("cross", "encoder_attn", "encdec", "encoder_decoder", "text_attn", "vision_attn_layer")
-OTHER_INPUTS = ("pos", "mask", "bias", "cos", "sin", "rope", "rotary", "residual", "relative", "alibi")
+OTHER_INPUTS = ("pos", "mask", "bias", "cos", "sin", "rope", "rotary", "residual", "relative", "alibi", "global")
 
 
 @dataclass
@@ -41,7 +42,7 @@ class SelfAttention:
         products: how the product was made: "sdpa", "MultiheadAttention" or "matmul and softmax".
         calls: how often in one step.
         longest: the most tokens a call had: its queries, or the hidden states where these are taken in blocks.
-        other_length: whether queries and keys differed in length in every call.
+        other_length: whether queries and keys differed in length in every call, as where keys are pooled.
         routed: whether every product was made inside a function that transformers' interface gave out.
     """
 
@@ -59,12 +60,12 @@ class Step:
 
     Attributes:
         layers: self-attention layers, by their names in the model.
-        cross: modules that made the product of cross-attention or of pooling.
+        others: modules that made the product of cross-attention or pooling, or did so in a frozen part.
         ran: every module that ran.
     """
 
     layers: dict[str, SelfAttention] = field(default_factory=dict)
-    cross: set[str] = field(default_factory=set)
+    others: set[str] = field(default_factory=set)
     ran: set[str] = field(default_factory=set)
 
 
@@ -81,7 +82,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.frames: list[_Frame] = []
         self.step = Step()
-        self.inside_interface = 0
+        self.inside_interface: list[tuple[int, int]] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -122,15 +123,21 @@ class _Watch(TorchFunctionMode):
         return None
 
     def _found(self, frame: _Frame, product: str, queries: int, keys: int) -> None:
+        if not (torch.is_grad_enabled() and frame.module.training):
+            self.step.others.add(frame.name)
+            return
+        if self.inside_interface:
+            # What the function was given: inside, sinks may be added to the keys.
+            queries, keys = self.inside_interface[-1]
         if queries == 1 or _is_cross(frame):
-            self.step.cross.add(frame.name)
+            self.step.others.add(frame.name)
             return
         layer = self.step.layers.setdefault(frame.name, SelfAttention(type(frame.module).__name__))
         layer.products.add(product)
         layer.calls += 1
         layer.longest = max(layer.longest, queries, *_lengths(frame))
         layer.other_length &= queries != keys
-        layer.routed &= self.inside_interface > 0
+        layer.routed &= bool(self.inside_interface)
 
 
 def _flat(values: Any) -> Iterator[Any]:
@@ -181,11 +188,12 @@ def self_attention(model: nn.Module) -> Iterator[Step]:
         function = given_out(self, *args, **kwargs)
 
         def call(*inner: Any, **more: Any) -> Any:
-            watch.inside_interface += 1
+            query, key = inner[1:3] if len(inner) > 2 else (more["query"], more["key"])
+            watch.inside_interface.append((query.shape[2], key.shape[2]))
             try:
                 return function(*inner, **more)
             finally:
-                watch.inside_interface -= 1
+                watch.inside_interface.pop()
 
         return call
 

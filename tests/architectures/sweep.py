@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import signal
 import tempfile
 import time
@@ -74,8 +75,8 @@ class Outcome:
 
     @property
     def routed(self) -> bool:
-        """Whether every self-attention layer asks transformers for its function."""
-        return bool(self.there) and all(layer.routed for layer in self.there.values())
+        """Whether every self-attention layer asks transformers for its function, and for as many keys as queries."""
+        return bool(self.there) and all(layer.routed and not layer.other_length for layer in self.there.values())
 
     @property
     def fully_seen(self) -> bool:
@@ -113,8 +114,6 @@ def run(model_type: str) -> Outcome:
     except Exception as error:
         outcome.error = _first_line(error)
         return outcome
-    finally:
-        gc.collect()
     outcome.model = type(model).__name__
     outcome.attention = str(getattr(model.config, "_attn_implementation", None) or "eager")
     outcome.there = {name: layer for name, layer in step.layers.items() if layer.longest >= WINDOW}
@@ -240,7 +239,7 @@ def _compare(monitor: IncoherenceMonitor, step: Step, outcome: Outcome) -> None:
         else:
             missed.append(name)
     outcome.seen, outcome.missed = tuple(seen), tuple(missed)
-    attention = {*step.layers, *step.cross}
+    attention = {*step.layers, *step.others}
     outcome.strangers = tuple(
         name for name in coverage.watched if name in step.ran and not any(_same(name, other) for other in attention)
     )
@@ -259,7 +258,9 @@ def _same(one: str, other: str) -> bool:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:120]
+    # Without paths, which differ from machine to machine.
+    line = re.sub(r"[\"'(<]*/[\w.-]+/\S*", "...", lines[0]) if lines else ""
+    return f"{type(error).__name__}: {line}"[:120]
 
 
 @contextmanager
@@ -286,5 +287,8 @@ def sweep(types: Iterable[str], *, show: bool = False) -> list[Outcome]:
         if show:
             found = outcome.error or f"{len(outcome.seen)}/{len(outcome.there)}"
             print(f"{model_type:<40}{found}, {time.monotonic() - began:.1f} s", flush=True)
+        # Modelling files stay and are not gone through again, which would take longer than the steps do.
         gc.collect()
+        gc.freeze()
+    gc.unfreeze()
     return outcomes
