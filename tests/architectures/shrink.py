@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -128,7 +129,8 @@ def tiny_config(config: Any, *, widths: bool = True, overrides: dict[str, Any] |
         top: whether this is no part of another configuration.
     """
     depth = _depth(config)
-    overrides = {**FAMILIES.get(config.model_type, {}), **(overrides or {})}
+    # A copy, as configurations change what they are given.
+    overrides = copy.deepcopy({**FAMILIES.get(config.model_type, {}), **(overrides or {})})
     staged = hasattr(config, "depths")  # Widths and heads are lists, one entry a stage, and belong together.
     fields: dict[str, Any] = {}
     special = FIRST_SPECIAL
