@@ -191,11 +191,12 @@ class IncoherenceMonitor:
         Raises:
             SettingError: if the shapes do not fit together; in the first sampled step, never later.
         """
-        if not self._armed or (self._world_size > 1 and query.shape[0] == 0):
+        if not self._armed:
             return
         # Compiled code must not ask what changes from sample to sample: it would be compiled again.
-        if not torch.compiler.is_compiling() and self.samples == 0 and not self._pipeline.in_flight:
-            check_shapes(query, key, valid)
+        first = not torch.compiler.is_compiling() and self.samples == 0 and not self._pipeline.in_flight
+        if first and not (self._world_size > 1 and query.shape[0] == 0):
+            check_shapes(query, key, valid, starts)
         self._observed.show(name, query, key, scale=scale, valid=valid, starts=starts)
 
     def _receive(self, given: AttentionInput) -> None:
@@ -236,8 +237,7 @@ class IncoherenceMonitor:
         """The last sample as {statistic: {(layer name, head): value}}; a single process finishes it first."""
         if self._world_size == 1 and not self._armed:
             self.flush()
-        latest = self._pipeline.latest
-        return {} if latest is None else latest.by_head()
+        return {} if self._pipeline.latest is None else self._pipeline.latest.by_head()
 
     @property
     def history(self) -> History:
@@ -316,7 +316,7 @@ class IncoherenceMonitor:
         self._exit()
         self._closed = True
         if self._capture is not None:
-            self._capture.release()
+            self._reporter.guard("letting go of the model", self._capture.release)
         self._pipeline.close()
 
     def __enter__(self) -> IncoherenceMonitor:

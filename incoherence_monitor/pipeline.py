@@ -192,6 +192,7 @@ class Pipeline:
             return
         if sums.too_short:
             self._sampler.skipped["windows for which no sequence was long enough"] += sums.too_short
+        self._sampler.note(sums)
         self._tell_if_nothing_fits(sums)
         self.latest = self.judge.judge(sums, step=step)
         self.alerts.extend(self.latest.alerts)

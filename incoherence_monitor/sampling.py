@@ -66,6 +66,8 @@ class WindowSampler:
         self.skipped: Counter[str] = Counter()
         self._open: dict[str, LayerWindows] = {}
         self._layout = Layout(())
+        self.barren: dict[str, int] = {}
+        self._fruitful: set[str] = set()
         self._step = 0
 
     def open(self, step: int) -> None:
@@ -84,7 +86,7 @@ class WindowSampler:
             SettingError: if the shapes do not fit together.
         """
         with torch.no_grad():
-            check_shapes(given.query, given.key, given.valid)
+            check_shapes(given.query, given.key, given.valid, given.starts)
             layer = self._layer(given, info)
             batch, _, length, _ = given.query.shape
             plan, share = self.plans[given.layer], self.shares.share_of(given.layer)
@@ -111,7 +113,11 @@ class WindowSampler:
                 return
             smooth, core = smooth_statistics(chosen.take(given.query), chosen.take(given.key), scale=given.scale)
             rows, columns = triangle(core.shape[-1])
-            keep = torch.ones(sum(part), device=core.device) if chosen.keep is None else chosen.keep.float()
+            keep = (
+                torch.ones(sum(part), device=core.device, dtype=torch.float32)
+                if chosen.keep is None
+                else chosen.keep.float()
+            )
             held.parts.append(
                 torch.cat(
                     [
@@ -208,6 +214,16 @@ class WindowSampler:
         for name in names:
             self.plans.pop(name, None)
             self.fixed.discard(name)
+
+    def note(self, sums: SampleSums) -> None:
+        """Remember layers that have yielded no window in any sample so far, and a window may never fit."""
+        for at, layer in enumerate(sums.layout.layers):
+            streams = sums.layout.stream_layer == at
+            if sums.count[streams].any() or sums.non_finite[streams].any():
+                self.barren.pop(layer.name, None)
+                self._fruitful.add(layer.name)
+            elif layer.name not in self._fruitful:
+                self.barren[layer.name] = layer.window
 
     def empty(self) -> SampleSums:
         """A sample in which nothing was seen."""

@@ -82,7 +82,7 @@ def _unpack(flat: Tensor, start: int, info: LayerInfo, number: int) -> tuple[Any
     key = take(number, len(SMOOTH_KEY), info.key_heads)
     query = take(number, len(SMOOTH_QUERY), info.query_heads)
     rows, columns = triangle(info.head_dim)
-    core = torch.zeros(number, info.query_heads, info.head_dim, info.head_dim)
+    core = torch.zeros(number, info.query_heads, info.head_dim, info.head_dim, dtype=flat.dtype)
     core[..., rows, columns] = take(number, info.query_heads, len(rows))
     core[..., columns, rows] = core[..., rows, columns]
     values = {name: key[:, at].double().numpy() for at, name in enumerate(SMOOTH_KEY)}

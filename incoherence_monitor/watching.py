@@ -132,6 +132,7 @@ def tell_unseen(capture: ModelCapture, step: int, reporter: Reporter) -> None:
     """Tell once of layers that an armed step should have shown and did not, with the probable cause."""
     _tell_left_out(capture.doubtful(), reporter)
     if unseen := capture.unseen():
+        capture.missed = dict.fromkeys(unseen, f"not seen at step {step}: {capture.probable_cause()}")
         number = max(len(unseen), capture.certain)
         reporter.notice(
             "layers unseen",
@@ -160,10 +161,11 @@ def coverage(
         ways = {tap.name: tap.way for tap in capture.taps if tap.name in taken}
         out_of_reach = capture.unreachable | dict.fromkeys(capture.excluded, "left out by include and exclude")
         unseen = capture.doubtful() | capture.why_unseen
-        out_of_reach |= {name: why for name, why in unseen.items() if name not in taken}
-    out_of_reach |= refused
+        out_of_reach |= {name: why for name, why in (capture.missed | unseen).items() if name not in taken}
+    short = {name: f"no sequence has had the {window} tokens of a window" for name, window in sampler.barren.items()}
+    out_of_reach |= {**short, **refused}
     watched = [name for name in dict.fromkeys([*watched, *sampler.layers]) if name not in refused]
-    seen = [name for name in watched if name in taken]
+    seen = [name for name in watched if name in taken and name not in short]
     ways |= {name: ways.get(name.rpartition("/")[0], "shown by observe") for name in seen if name not in ways}
     ways = {name: ways[name] for name in seen}
     return Coverage(

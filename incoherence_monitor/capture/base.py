@@ -49,19 +49,19 @@ def in_backward() -> bool:
 class CallCounter:
     """Counts one layer's calls in a step once each, however often activation checkpointing runs them again.
 
-    Non-reentrant checkpointing counts in the forward, and each recomputation in the backward takes one off `pending`.
-    Reentrant checkpointing runs its forward without gradient, which is never offered here, so nothing is pending when
-    the recomputation comes and that one counts.
+    Non-reentrant checkpointing counts in the forward, and nothing in the backward, which may run it again and again.
+    Reentrant checkpointing runs its forward without gradient, which is never offered here, so nothing has been counted
+    in a forward when the recomputation comes and that one counts.
 
     A module that one forward runs several times, as where layers share their weights, is as many layers: each use is
     counted by itself, told apart by the forward it belongs to.
     """
 
     counted: int = 0
-    pending: int = 0
 
     def __post_init__(self) -> None:
         """No use yet."""
+        self._in_forward = False
         self._uses: list[int] = []
         self._forward, self._use = 0, 0
 
@@ -76,13 +76,12 @@ class CallCounter:
             a recomputation.
         """
         if in_backward():
-            if self.pending:
-                self.pending -= 1
+            if self._in_forward:
                 return None
             # The backward does not tell whose forward it runs again.
             forward = 0
         else:
-            self.pending += 1
+            self._in_forward = True
         self._use = self._use + 1 if forward and forward == self._forward else 0
         self._forward = forward
         if self._use == len(self._uses):

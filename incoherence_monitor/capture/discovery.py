@@ -12,10 +12,11 @@ import dis
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 Way = Literal["routed", "multihead", "function", "sdpa", "by hand"]
 
@@ -92,8 +93,12 @@ def find_attention(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
     Returns:
         The layers that can be watched, in the model's order; and those that cannot, with why.
     """
-    named = [(canonical_name(name), module) for name, module in unwrap(model).named_modules() if name]
+    root = unwrap(model)
+    named = [(canonical_name(name), module) for name, module in root.named_modules() if name]
     candidates = [found for name, module in named if (found := _judge(name, module)) is not None]
+    if not candidates and (found := _judge(type(root).__name__, root)) is not None:
+        # The model is itself one attention layer.
+        candidates = [found]
     certain = {found.name for found in candidates if not found.doubt}
     # Of nested classes named after attention, only the innermost holds the product, and where a certain one is inside
     # or outside it is that one.
@@ -107,11 +112,17 @@ def find_attention(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
             or any(found.name.startswith(f"{other}.") for other in certain)
         )
     ]
-    crossing = [found for found in candidates if _is_cross_attention(found.name, found.module)]
-    return (
-        [found for found in candidates if found not in crossing],
-        {found.name: CROSS for found in crossing},
-    )
+    unreachable = {found.name: why for found in candidates if (why := _why_unreachable(found))}
+    return [found for found in candidates if found.name not in unreachable], unreachable
+
+
+def _why_unreachable(found: Found) -> str:
+    if _is_cross_attention(found.name, found.module):
+        return CROSS
+    if found.way == "multihead" and parametrize.is_parametrized(found.module):
+        # Reading such a weight once more may draw random numbers or iterate.
+        return "its weights are parametrized, so that queries and keys cannot be computed again unseen"
+    return ""
 
 
 def _judge(name: str, module: nn.Module) -> Found | None:
@@ -121,6 +132,9 @@ def _judge(name: str, module: nn.Module) -> Found | None:
     if cls.__module__.startswith("torch."):
         return None
     code = _code_of_class(cls)  # type: ignore[arg-type]
+    own = [value for value in vars(module).values() if isinstance(value, FunctionType)]
+    if own:
+        code = code.joined(_read(own))
     names = code.names
     looks = any(part in cls.__name__.lower() for part in ("attention", "attn"))
     # Experts ask for theirs in the same words.
@@ -164,24 +178,36 @@ class _Code:
     multiplies: bool
     compiles: bool
 
+    def joined(self, other: _Code) -> _Code:
+        """What both say."""
+        return _Code(
+            self.names | other.names,
+            (*self.namespaces, *other.namespaces),
+            self.multiplies or other.multiplies,
+            self.compiles or other.compiles,
+        )
+
 
 @functools.cache
 def _code_of_class(cls: Any) -> _Code:
+    bases = [base for base in cls.__mro__ if not base.__module__.startswith("torch.")]
+    members = [getattr(value, "__func__", value) for base in bases for value in vars(base).values() if callable(value)]
+    known = [
+        base for base in bases if any(_is_known(getattr(value, "__func__", value)) for value in vars(base).values())
+    ]
+    code = _read(members)
+    names = {getattr(value, "__name__", "") for value in members if _is_known(value)}
+    return code.joined(_Code(frozenset(names), tuple(known), False, False))
+
+
+def _read(callables: list[Any]) -> _Code:
     names: set[str] = set()
     namespaces: dict[int, Any] = {}
     multiplies = compiles = False
-    bases = [base for base in cls.__mro__ if not base.__module__.startswith("torch.")]
-    members = [value for base in bases for value in vars(base).values() if callable(value)]
-    for base in bases:
-        known = {getattr(value, "__name__", "") for value in vars(base).values() if callable(value)} & _FUNCTIONS
-        names |= known
-        namespaces |= {id(base): base} if known else {}
-    for function, code in _code_of(members, depth=2):
+    for function, code, used in _code_of(callables, depth=3):
         names.update(code.co_names)
-        space = function.__globals__
-        namespaces[id(space)] = space
-        used = [space[name] for name in code.co_names if name in space]
-        names.update(name for value in used if (name := getattr(value, "__name__", "")) in _FUNCTIONS)
+        names.update(value.__name__ for value in used if _is_known(value))
+        namespaces[id(function.__globals__)] = function.__globals__
         compiles = compiles or any(hasattr(value, "_torchdynamo_orig_callable") for value in (*used, function))
         multiplies = multiplies or any(
             instruction.opname == "BINARY_MATRIX_MULTIPLY"
@@ -191,22 +217,42 @@ def _code_of_class(cls: Any) -> _Code:
     return _Code(frozenset(names), tuple(namespaces.values()), multiplies, compiles)
 
 
-def _code_of(callables: list[Any], *, depth: int) -> Iterator[tuple[FunctionType, CodeType]]:
-    """Functions with their code, nested code included, and those that they call by a global name."""
-    called: list[Any] = []
+def _is_known(value: Any) -> bool:
+    return callable(value) and getattr(value, "__name__", "") in _FUNCTIONS
+
+
+def _code_of(callables: list[Any], *, depth: int) -> Iterator[tuple[FunctionType, CodeType, list[Any]]]:
+    """Functions with their code, nested code included, and what it uses by name; and those that they call so."""
+    inner: list[FunctionType] = []
     for function in callables:
         while function is not None:
             if isinstance(function, FunctionType):
+                enclosed = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
                 stack = [function.__code__]
                 while stack:
                     code = stack.pop()
-                    yield function, code
+                    used = [*enclosed, *_used(function.__globals__, code.co_names)]
+                    yield function, code, used
                     stack.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))
-                    called += [function.__globals__.get(name) for name in code.co_names]
+                    inner += [value for value in used if isinstance(value, FunctionType) and not _foreign(value)]
             function = getattr(function, "__wrapped__", None)
-    inner = [value for value in called if isinstance(value, FunctionType) and not _foreign(value)]
     if depth > 1 and inner:
         yield from _code_of(list(dict.fromkeys(inner)), depth=depth - 1)
+
+
+def _used(space: dict[str, Any], names: tuple[str, ...]) -> list[Any]:
+    """Globals of these names, and of modules of the user's among them the attributes of these names."""
+    found = [space[name] for name in names if name in space]
+    libraries = [one for one in found if isinstance(one, ModuleType) and not one.__name__.startswith("torch")]
+    return [*found, *(vars(one)[name] for one in libraries for name in names if name in vars(one))]
+
+
+def _filled(cell: CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
 
 
 def _foreign(function: FunctionType) -> bool:

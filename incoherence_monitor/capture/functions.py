@@ -13,19 +13,22 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import multihead, products
-from .current import CURRENT, running
+from .current import pop, push, running
 from .masks import starts_of
-from .taps import SWITCH, place_of, tap
+from .taps import SWITCH, failed, tap
 
 FLASH_WAY = "FlashAttention's own functions"
 FLEX_WAY = "torch's flex_attention"
 _HOMES = ("torch.nn.functional", "torch.nn.attention.flex_attention", "flash_attn", "flash_attn_interface")
+Take = Callable[[tuple[Any, ...], dict[str, Any]], None]
+_SDPA = torch._C._nn.scaled_dot_product_attention
 _replaced: list[tuple[Any, str, Any]] = []
 _users: set[int] = set()
 
@@ -46,38 +49,24 @@ def _flex(args: tuple[Any, ...], given: dict[str, Any]) -> None:
 
 
 def _flash(args: tuple[Any, ...], given: dict[str, Any]) -> None:
-    """`flash_attn_func(q, k, v, dropout_p, softmax_scale, ...)`, q and k [B, L, H, d]."""
-    query, key, _, _, scale = _bind(args, given, ("q", "k", "v", "dropout_p", "softmax_scale"))
-    _take_flash(query, key, scale)
+    """`flash_attn_func`: q and k [B, L, H, d]."""
+    _take_flash(given["q"], given["k"], given.get("softmax_scale"))
 
 
 def _flash_packed(args: tuple[Any, ...], given: dict[str, Any]) -> None:
-    """`flash_attn_qkvpacked_func(qkv, dropout_p, softmax_scale, ...)`, qkv [B, L, 3, H, d]."""
-    packed, _, scale = _bind(args, given, ("qkv", "dropout_p", "softmax_scale"))
-    _take_flash(packed[:, :, 0], packed[:, :, 1], scale)
+    """`flash_attn_qkvpacked_func`: qkv [B, L, 3, H, d]."""
+    _take_flash(given["qkv"][:, :, 0], given["qkv"][:, :, 1], given.get("softmax_scale"))
 
 
 def _flash_varlen(args: tuple[Any, ...], given: dict[str, Any]) -> None:
-    """`flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, ...)`, q and k [T, H, d]."""
-    names = (
-        "q",
-        "k",
-        "v",
-        "cu_seqlens_q",
-        "cu_seqlens_k",
-        "max_seqlen_q",
-        "max_seqlen_k",
-        "dropout_p",
-        "softmax_scale",
-    )
-    query, key, _, ends, *_, scale = _bind(args, given, names)
-    _take_flash(query[None], key[None], scale, ends=ends)
+    """`flash_attn_varlen_func`: q and k [T, H, d]."""
+    _take_flash(given["q"][None], given["k"][None], given.get("softmax_scale"), ends=given["cu_seqlens_q"])
 
 
 def _flash_varlen_packed(args: tuple[Any, ...], given: dict[str, Any]) -> None:
-    """`flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, ...)`, qkv [T, 3, H, d]."""
-    packed, ends, _, _, scale = _bind(args, given, ("qkv", "cu_seqlens", "max_seqlen", "dropout_p", "softmax_scale"))
-    _take_flash(packed[None, :, 0], packed[None, :, 1], scale, ends=ends)
+    """`flash_attn_varlen_qkvpacked_func`: qkv [T, 3, H, d]."""
+    packed = given["qkv"][None]
+    _take_flash(packed[:, :, 0], packed[:, :, 1], given.get("softmax_scale"), ends=given["cu_seqlens"])
 
 
 def _take_flash(query: Tensor, key: Tensor, scale: float | None, *, ends: Tensor | None = None) -> None:
@@ -94,16 +83,15 @@ def _multihead(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     module = running()
     if module is None:
         return
-    bound = inspect.signature(torch.nn.functional.multi_head_attention_forward).bind(*args, **given).arguments
-    separate = bound.get("use_separate_proj_weight", False)
+    separate = given.get("use_separate_proj_weight", False)
     multihead.project_and_tap(
         module,
-        bound["query"].transpose(0, 1),
-        bound["key"].transpose(0, 1),
-        heads=bound["num_heads"],
-        packed=(bound["in_proj_weight"], bound["in_proj_bias"]),
-        separate=(bound["q_proj_weight"], bound["k_proj_weight"]) if separate else None,
-        masks=(bound.get("key_padding_mask"), bound.get("attn_mask")),
+        given["query"].transpose(0, 1),
+        given["key"].transpose(0, 1),
+        heads=given["num_heads"],
+        packed=(given["in_proj_weight"], given["in_proj_bias"]),
+        separate=(given["q_proj_weight"], given["k_proj_weight"]) if separate else None,
+        masks=(given.get("key_padding_mask"), given.get("attn_mask")),
     )
 
 
@@ -111,46 +99,79 @@ def _bind(args: tuple[Any, ...], given: dict[str, Any], names: tuple[str, ...]) 
     return [given.get(name, args[at] if len(args) > at else None) for at, name in enumerate(names)]
 
 
-TAKES: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], None]] = {
-    "scaled_dot_product_attention": _sdpa,
-    "multi_head_attention_forward": _multihead,
-    "flex_attention": _flex,
-    "flash_attn_func": _flash,
-    "flash_attn_qkvpacked_func": _flash_packed,
-    "flash_attn_varlen_func": _flash_varlen,
-    "flash_attn_varlen_qkvpacked_func": _flash_varlen_packed,
+_FLASH: dict[str, tuple[Take, set[str]]] = {
+    "flash_attn_func": (_flash, {"q", "k", "softmax_scale"}),
+    "flash_attn_qkvpacked_func": (_flash_packed, {"qkv", "softmax_scale"}),
+    "flash_attn_varlen_func": (_flash_varlen, {"q", "k", "cu_seqlens_q", "softmax_scale"}),
+    "flash_attn_varlen_qkvpacked_func": (_flash_varlen_packed, {"qkv", "cu_seqlens", "softmax_scale"}),
 }
-"""The functions that are known, by name, and what takes their queries and keys."""
+"""FlashAttention's functions are known by name and by the names of their arguments, whose order differs by version."""
 
 
-def _watched(function: Any, take: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Any:
+def _take_for(function: Any) -> tuple[Take, tuple[str, ...]] | None:
+    """What takes a function's queries and keys, and the names of its arguments in order; None if not known.
+
+    torch's functions are known by identity: others of the same name may mean other things by their arguments.
+    """
+    if not callable(function) or isinstance(function, type) or hasattr(function, "_incoherence_original"):
+        return None
+    if function is _SDPA:
+        return _sdpa, ()
+    if function is _original(torch.nn.functional.multi_head_attention_forward):
+        return _multihead, tuple(inspect.signature(function).parameters)
+    flex = sys.modules.get("torch.nn.attention.flex_attention")
+    if flex is not None and getattr(function, "_torchdynamo_orig_callable", function) is _original(flex.flex_attention):
+        return _flex, ()
+    if (known := _FLASH.get(getattr(function, "__name__", ""))) is not None:
+        names = tuple(inspect.signature(function).parameters)
+        if known[1] <= set(names):
+            return known[0], names
+    return None
+
+
+def _original(function: Any) -> Any:
+    return getattr(function, "_incoherence_original", function)
+
+
+def _watched(function: Any, take: Take, names: tuple[str, ...]) -> Any:
+    def offer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        take(args, {**dict(zip(names, args, strict=False)), **kwargs})
+
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not SWITCH.armed or running() is None:
-            return function(*args, **kwargs)
         if torch.compiler.is_compiling():
-            take(args, kwargs)
+            if SWITCH.armed and running() is not None:
+                offer(args, kwargs)
             return function(*args, **kwargs)
-        _guarded(take, args, kwargs)
-        # Whatever the function calls in its turn is accounted for.
-        CURRENT.append(None)
+        module = running() if SWITCH.armed else None
+        if module is not None:
+            try:
+                offer(args, kwargs)
+            except Exception as error:  # Whatever goes wrong, training goes on.
+                failed(module, error)
+            # Whatever the function calls in its turn is accounted for.
+            push(None)
         try:
-            return function(*args, **kwargs)
+            return _as_if_not_replaced(function, args, kwargs)
         finally:
-            CURRENT.pop()
+            if module is not None:
+                pop(None)
 
     call._incoherence_original = function  # type: ignore[attr-defined]
     return call
 
 
-def _guarded(take: Callable[[tuple[Any, ...], dict[str, Any]], None], args: Any, kwargs: Any) -> None:
+def _as_if_not_replaced(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call sdpa with torch.nn.functional as it was, since masks and modes ask whether they were given that function."""
+    if function is not _SDPA:
+        return function(*args, **kwargs)
+    home = vars(torch.nn.functional)
+    now = home["scaled_dot_product_attention"]
+    home["scaled_dot_product_attention"] = function
     try:
-        take(args, kwargs)
-    except Exception as error:  # Whatever goes wrong, training goes on.
-        module = running()
-        place = None if module is None else place_of(module)
-        for one in place.armed if place is not None else ():
-            one.owner.on_error(one.name, error)
+        return function(*args, **kwargs)
+    finally:
+        home["scaled_dot_product_attention"] = now
 
 
 def install(user: int, namespaces: Iterable[Any]) -> None:
@@ -165,12 +186,15 @@ def install(user: int, namespaces: Iterable[Any]) -> None:
     known: dict[int, Any] = {}
     for home in [*homes, *namespaces]:
         for name, value in list((home if isinstance(home, dict) else vars(home)).items()):
-            # An alias may have any name; what the function itself is called says what it is.
-            take = TAKES.get(getattr(value, "__name__", "")) if callable(value) else None
-            if take is None or isinstance(value, type) or hasattr(value, "_incoherence_original"):
+            function = value.__func__ if isinstance(value, staticmethod) else value
+            found = _take_for(function)
+            if found is None:
                 continue
             _replaced.append((home, name, value))
-            _put(home, name, known.setdefault(id(value), _watched(value, take)))
+            watched = known.setdefault(id(function), _watched(function, *found))
+            # In a class what was no method, as a builtin is none, must not become one.
+            is_method = isinstance(home, dict) or isinstance(value, FunctionType)
+            _put(home, name, watched if is_method else staticmethod(watched))
 
 
 def remove(user: int) -> None:
@@ -179,8 +203,9 @@ def remove(user: int) -> None:
     if not _users:
         while _replaced:
             home, name, value = _replaced.pop()
-            now = home.get(name) if isinstance(home, dict) else vars(home).get(name)
-            if getattr(now, "_incoherence_original", None) is value:
+            now = (home if isinstance(home, dict) else vars(home)).get(name)
+            was, now = (getattr(each, "__func__", each) for each in (value, now))
+            if getattr(now, "_incoherence_original", None) is was:
                 _put(home, name, value)
 
 

@@ -77,7 +77,8 @@ def starts_of(ends: Tensor, length: int) -> Tensor:
 
 def allowed_on_diagonal(logits: Tensor, below: int) -> Tensor:
     """Whether logits or an additive mask [B, L, L] allow each token to attend to the one `below` places before it."""
-    return logits.diagonal(-below, dim1=-2, dim2=-1) > _FORBIDDEN
+    # Written so that a NaN, which a broken head leaves, is not taken for padding.
+    return ~(logits.diagonal(-below, dim1=-2, dim2=-1) <= _FORBIDDEN)
 
 
 def worth_knowing(valid: Tensor | None, starts: Tensor | None) -> Tensor | None:
@@ -146,13 +147,18 @@ class TokensCache:
     ) -> tuple[Tensor | None, Tensor | None]:
         """As `tokens`."""
         given = [mask, kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")]
-        key = (batch, length, "indices" in kwargs, *((id(one), getattr(one, "_version", 0)) for one in given))
+        key = (batch, length, "indices" in kwargs, *((id(one), _version(one)) for one in given))
         if key == self._key and all(held() is one for held, one in zip(self._alive, given, strict=True)):
             return self._answer
         valid, starts = tokens(mask, kwargs, batch=batch, length=length, device=device)
         self._key, self._answer = key, (valid, starts)
         self._alive = [_held(one) for one in given]
         return self._answer
+
+
+def _version(value: Any) -> int:
+    """How often a tensor has been changed in place; those made in inference mode are not counted."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 def _held(value: Any) -> Any:

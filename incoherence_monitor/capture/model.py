@@ -19,6 +19,9 @@ from .discovery import Found, find_attention, is_compiled, unwrap
 from .taps import ROUTED, SWITCH, Tap, TapOwner
 
 _ARMED: weakref.WeakSet[ModelCapture] = weakref.WeakSet()
+_ROOTS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[ModelCapture]] = weakref.WeakKeyDictionary()
+_HOOKED: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+"""Handles of the hooks on a module, after the number of captures that need them."""
 _WAYS = {
     "routed": ROUTED,
     "multihead": multihead.WAY,
@@ -26,6 +29,7 @@ _WAYS = {
     "sdpa": products.SDPA_WAY,
     "by hand": products.WAY,
 }
+_ROOMS: dict[str, Any] = {"multihead": multihead, "function": current, "sdpa": products, "by hand": products}
 
 
 class ModelCapture(TapOwner):
@@ -58,7 +62,8 @@ class ModelCapture(TapOwner):
         self.excluded = [one.name for one in found if not _selected(one.name, include, exclude)]
         self.found = len(found)
         self.taps: list[Tap] = []
-        self._hooks: list[Any] = []
+        self._hooked: list[nn.Module] = []
+        self.missed: dict[str, str] = {}
         self._root: nn.Module | None = unwrap(model)
         self._root_hook: Any = None
         namespaces: dict[int, Any] = {}
@@ -72,16 +77,29 @@ class ModelCapture(TapOwner):
             routed.install()
         if namespaces:
             functions.install(id(self), namespaces.values())
+            weakref.finalize(self, functions.remove, id(self))
 
     def _hook(self, found: Found) -> None:
-        module = found.module
-        if found.way == "multihead":
-            self._hooks.append(module.register_forward_pre_hook(multihead.before, with_kwargs=True))
-            self._hooks.append(module.register_forward_hook(multihead.after))
-        elif found.way != "routed":
-            room = current if found.way == "function" else products
-            self._hooks.append(module.register_forward_pre_hook(room.before, with_kwargs=True))
-            self._hooks.append(module.register_forward_hook(room.after))
+        """Put hooks on a module, once for all captures that watch it."""
+        if found.way == "routed":
+            return
+        module, room = found.module, _ROOMS[found.way]
+        hooks = _HOOKED.setdefault(module, [0])
+        if hooks[0] == 0:
+            hooks.append(module.register_forward_pre_hook(room.before, with_kwargs=True))
+            hooks.append(module.register_forward_hook(room.after, with_kwargs=True, always_call=True))
+        hooks[0] += 1
+        self._hooked.append(module)
+
+    def _unhook(self) -> None:
+        for module in self._hooked:
+            hooks = _HOOKED[module]
+            hooks[0] -= 1
+            if hooks[0] == 0:
+                for handle in hooks[1:]:
+                    handle.remove()
+                del _HOOKED[module]
+        self._hooked = []
 
     def arm(self) -> None:
         """Watch from here on: a new step's calls are counted from zero."""
@@ -95,7 +113,8 @@ class ModelCapture(TapOwner):
         for tap in self.taps:
             tap.arm()
         if self._root is not None and self._root_hook is None:
-            self._root_hook = self._root.register_forward_pre_hook(self._next_forward)
+            self._root_hook = self._root.register_forward_pre_hook(_next_forward)
+            _ROOTS.setdefault(self._root, weakref.WeakSet()).add(self)
         _ARMED.add(self)
         SWITCH.armed = True
 
@@ -106,6 +125,8 @@ class ModelCapture(TapOwner):
         if self._root_hook is not None:
             self._root_hook.remove()
             self._root_hook = None
+            if self._root is not None:
+                _ROOTS[self._root].discard(self)
         for tap in self.taps:
             tap.disarm()
         if not SWITCH.armed:
@@ -113,18 +134,14 @@ class ModelCapture(TapOwner):
 
     def release(self) -> None:
         """Let go of the model; names and counts stay."""
-        self.disarm()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._root = [], None
-        functions.remove(id(self))
+        try:
+            self.disarm()
+        finally:
+            self._unhook()
+            functions.remove(id(self))
+        self._root = None
         for tap in self.taps:
             tap.module = nn.Module()
-
-    def _next_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        # Traced, the number would be a constant of the graph.
-        if not torch.compiler.is_compiling():
-            self.forward += 1
 
     def unseen(self) -> list[str]:
         """Layers that are attention by their code, or all where none is for certain, not counted since `arm`."""
@@ -150,6 +167,14 @@ class ModelCapture(TapOwner):
             "`with monitor.step(...)`, the layers were not used, or the model is compiled: then it must not run before "
             "the monitor is attached, and queries and keys multiplied by hand are reached by monitor.observe(...) only"
         )
+
+
+def _next_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of the root, which knows nothing that a copy of the model could take along."""
+    # Traced, the number would be a constant of the graph. Two captures have two hooks, and each counts once for both.
+    if not torch.compiler.is_compiling():
+        for capture in _ROOTS.get(module, ()):
+            capture.forward += 1
 
 
 def _selected(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:

@@ -1,6 +1,6 @@
 """Capture of `nn.MultiheadAttention`, whose queries and keys exist only inside one function of torch.
 
-A pre-hook computes them again from the module's inputs and projection weights, in sampled steps alone. The same
+A forward hook computes them again from the module's inputs and projection weights, in sampled steps alone. The same
 arithmetic as the module's own, under the same autocast; nothing of the module's run is touched.
 
 Layer 3: imports capture.current, masks and taps.
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .current import CURRENT
+from .current import pop, push, watched_now
 from .masks import allowed_on_diagonal
-from .taps import SLOT, place_of, tap
+from .taps import SLOT, failed, tap
 
 WAY = "nn.MultiheadAttention, computed again"
 _NAMES = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
@@ -24,29 +24,27 @@ _NAMES = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mas
 
 def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook."""
+    if watched_now(module):
+        # Whatever attention function the module calls inside belongs to nobody else.
+        push(None)
+
+
+def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook, called also if the forward raises; its inputs are those that the module's own pre-hooks left."""
     if getattr(module, SLOT, None) is None:
         return
-    # Whatever attention function the module calls inside belongs to nobody else.
-    CURRENT.append(None)
+    pop(None)
+    if output is None or not watched_now(module):
+        return
     assert isinstance(module, nn.MultiheadAttention)
     given = dict(zip(_NAMES, args, strict=False)) | kwargs
     if torch.compiler.is_compiling():
         _take(module, given)
         return
-    place = place_of(module)
-    if place is None:
-        return
     try:
         _take(module, given)
     except Exception as error:  # Whatever goes wrong, training goes on.
-        for one in place.armed:
-            one.owner.on_error(one.name, error)
-
-
-def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook."""
-    if getattr(module, SLOT, None) is not None and CURRENT and CURRENT[-1] is None:
-        CURRENT.pop()
+        failed(module, error)
 
 
 def _take(module: nn.MultiheadAttention, given: dict[str, Any]) -> None:

@@ -43,13 +43,19 @@ class Observations:
         starts: Tensor | None,
     ) -> None:
         """Take one call, as `IncoherenceMonitor.observe` describes it; in compiled code by an opaque operator."""
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
         if torch.compiler.is_compiling():
+            factor = query.shape[-1] ** -0.5 if scale is None else scale
             torch.ops.incoherence_monitor.observed(
                 name, query.detach(), key.detach(), valid, starts, self._slot, factor
             )
-        else:
-            self.receive(name, Call(query, key, factor, valid, starts))
+            return
+        try:
+            factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+            call = Call(query, key, factor, valid, starts)
+        except Exception as error:  # Whatever goes wrong, training goes on.
+            self._on_error(name, error)
+            return
+        self.receive(name, call)
 
     def receive(self, name: str, call: Call) -> None:
         """Count a call and hand it on, unless it is a recomputation."""

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from . import current
 from .discovery import is_compiled
 from .masks import allowed_on_diagonal
-from .taps import SLOT, place_of, tap
+from .taps import failed, place_of, skip, tap
 
 WAY = "matmul and softmax by hand, eager"
 SDPA_WAY = "torch's scaled_dot_product_attention"
@@ -30,26 +30,42 @@ _PRODUCTS = {"matmul", "__matmul__", "bmm"}
 _SOFTMAX = {"softmax", "_softmax"}
 _SCALING = {"mul": 1, "__mul__": 1, "__rmul__": 1, "mul_": 1, "__imul__": 1, "multiply": 1, "div": -1, "div_": -1,
             "__truediv__": -1, "__itruediv__": -1, "true_divide": -1, "divide": -1}  # fmt: skip
+_ADDING = {"add", "__add__", "__radd__", "add_", "__iadd__", "masked_fill", "masked_fill_", "where", "maximum"}
+_SUBTRACTING = {"sub", "__sub__", "sub_", "__isub__"}
+_KEEPING = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "clone", "contiguous", "clamp", "clamp_",
+            "nan_to_num", "tanh", "dropout"}  # fmt: skip
+_RESHAPING = {"view", "reshape", "unflatten", "flatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "expand"}
 _MIXED = "its logits are a sum of several products (relative positions), so no one query and key make them"
+_EVALUATING = "the module was in evaluation mode"
+_COMPILED = "a part of it is compiled, through which products by hand cannot be followed"
+_SDPA = torch._C._nn.scaled_dot_product_attention
+_ONE_DIMENSION = "its sequences and heads lie in one dimension, or in an order that its inputs do not tell"
 _UNFOLLOWED = "its softmax does not follow one product of queries and keys that could be recognised"
+
+
+_FOLLOWERS: list[_Follower] = []
 
 
 @dataclass(frozen=True)
 class _Product:
-    """A product of queries and keys on its way to the softmax: q [..., L, d] and k [..., L, d] as multiplied."""
+    """A product of queries and keys on its way to the softmax: q [..., L, d] and k [..., L, d] as multiplied.
+
+    `factors` are scales of their own for heads, [..., 1, 1], which go to the queries.
+    """
 
     query: Tensor
     key: Tensor
     scale: float
     mixed: bool = False
+    factors: tuple[Tensor, ...] = ()
 
 
 @dataclass
 class _Frame:
-    """What is remembered while one module runs."""
+    """What is remembered while one module runs; `shape` is that of its first input, () if there is none."""
 
     module: nn.Module
-    batch: int
+    shape: tuple[int, ...]
     products: dict[int, tuple[weakref.ref[Tensor], _Product]] = field(default_factory=dict)
 
     def of(self, value: Any) -> _Product | None:
@@ -63,9 +79,19 @@ class _Frame:
 class _Follower(TorchFunctionMode):
     """Looks at every torch function that a module by hand calls."""
 
-    def __init__(self, module: nn.Module, batch: int) -> None:
+    def __init__(self, module: nn.Module, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.frame = _Frame(module, batch)
+        self.frame = _Frame(module, shape)
+
+    def leave(self) -> bool:
+        """Take this mode off the stack, if it is on top of this thread's; nobody else's is ever taken off."""
+        self.frame.products.clear()
+        depth = torch._C._len_torch_function_stack()
+        if not depth or torch._C._get_function_stack_at(depth - 1) is not self:
+            return False
+        self.__exit__(None, None, None)
+        _FOLLOWERS.remove(self)
+        return True
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -74,71 +100,85 @@ class _Follower(TorchFunctionMode):
         # A watched module inside this one has a follower of its own.
         mine = current.running() is self.frame.module
         name = getattr(func, "__name__", "")
-        scales = _SCALING.get(name)
         try:
             if mine and name in _SOFTMAX and args and isinstance(args[0], Tensor):
                 self._softmax(args[0], given.get("dim", args[1] if len(args) > 1 else -1))
-            elif mine and name == "scaled_dot_product_attention":
-                take_sdpa(self.frame.module, args, given)
+            elif mine and func is _SDPA:
+                take_sdpa(self.frame.module, args, given, shape=self.frame.shape)
         except Exception as error:  # Whatever goes wrong, training goes on.
-            self._failed(error)
+            failed(self.frame.module, error)
         out = func(*args, **given)
         if mine and isinstance(out, Tensor) and out.dim() > 2:
             try:
-                self._follow(name, args, given, out, scales)
+                self._follow(name, args, given, out)
             except Exception as error:
-                self._failed(error)
+                failed(self.frame.module, error)
         return out
 
-    def _failed(self, error: BaseException) -> None:
-        place = place_of(self.frame.module)
-        for one in place.armed if place is not None else ():
-            one.owner.on_error(one.name, error)
-
-    def _follow(
-        self, name: str, args: tuple[Any, ...], given: Mapping[str, Any], out: Tensor, scales: int | None
-    ) -> None:
-        if (product := _product(name, args, given, out)) is not None:
+    def _follow(self, name: str, args: tuple[Any, ...], given: Mapping[str, Any], out: Tensor) -> None:
+        if (product := _product(name, args, given)) is not None:
             self.frame.remember(out, product)
             return
         values = [*args, *given.values()]
         followed = [(value, found) for value in values if (found := self.frame.of(value)) is not None]
-        if not followed or out.numel() != followed[0][0].numel() or name in _SOFTMAX:
+        if not followed:
             return
-        product = followed[0][1]
+        given_to, product = followed[0]
+        others = [value for value in values if value is not given_to]
         if len({id(one.query) for _, one in followed}) > 1:
-            product = replace(product, mixed=True)
-        elif scales is not None and len(followed) == 1:
-            other = next((value for value in args[:2] if value is not followed[0][0]), None)
-            if isinstance(other, (int, float)) or (isinstance(other, Tensor) and other.numel() == 1):
-                product = replace(product, scale=product.scale * float(other) ** scales)
-        self.frame.remember(out, product)
+            following = replace(product, mixed=True) if name in _ADDING | _SUBTRACTING else None
+        elif name in _SCALING:
+            following = _scaled(product, others[0] if others else None, _SCALING[name])
+        elif name in _ADDING:
+            following = product if "alpha" not in given else None
+        elif name in _RESHAPING:
+            following = product if out.shape[-2:] == given_to.shape[-2:] else None
+        else:
+            first = args[0] is given_to if args else False
+            following = product if name in _KEEPING or (name in _SUBTRACTING and first) else None
+        if following is not None:
+            self.frame.remember(out, following)
+        elif out is given_to:
+            self.frame.products.pop(id(out), None)
 
     def _softmax(self, logits: Tensor, dim: Any) -> None:
         product = self.frame.of(logits)
         place = place_of(self.frame.module)
         if place is None:
             return
-        reason = None
-        if product is None:
+        if product is None or product.mixed or dim not in (-1, logits.dim() - 1):
             # Elsewhere a softmax over anything else, such as a router's, is no attention.
-            reason = _UNFOLLOWED if logits.dim() > 2 and any(one.looks for one in place.armed) else None
-        elif product.mixed:
-            reason = _MIXED
-        elif dim not in (-1, logits.dim() - 1):
-            reason = _UNFOLLOWED
-        heads = None if product is None or reason else _four_dimensional(product, logits, self.frame.batch)
-        if heads is not None:
-            query, key, square = heads
-            seen = _tokens(square) if query.shape[2] == key.shape[2] else (None, None)
-            assert product is not None
-            tap(self.frame.module, query, key, scale=product.scale, seen=seen, way=WAY)
-        elif product is not None or reason is not None:
-            for one in place.armed:
-                one.skip(reason or _UNFOLLOWED)
+            if product is not None or (logits.dim() > 2 and any(one.looks for one in place.armed)):
+                skip(self.frame.module, _MIXED if product is not None and product.mixed else _UNFOLLOWED)
+            return
+        heads = _four_dimensional(product, logits, self.frame.shape)
+        # What was multiplied so far need not be held any longer.
+        self.frame.products.clear()
+        if heads is None:
+            skip(self.frame.module, _ONE_DIMENSION)
+            return
+        query, key, masked = heads
+        for factor in product.factors:
+            query = query * factor.detach().to(query.dtype)
+        seen = _tokens(masked) if query.shape[2] == key.shape[2] else (None, None)
+        tap(self.frame.module, query, key, scale=product.scale, seen=seen, way=WAY)
 
 
-def _product(name: str, args: tuple[Any, ...], given: Mapping[str, Any], out: Tensor) -> _Product | None:
+def _scaled(product: _Product, other: Any, sign: int) -> _Product | None:
+    """The product times (1) or divided by (-1) a number, or by a tensor that is one for all pairs of tokens."""
+    if isinstance(other, (int, float)):
+        return replace(product, scale=product.scale * float(other) ** sign)
+    if not isinstance(other, Tensor):
+        return None
+    other = other.detach()
+    if other.numel() == 1:
+        return replace(product, scale=product.scale * float(other) ** sign)
+    if other.dim() >= 2 and other.shape[-2:] == (1, 1):
+        return replace(product, factors=(*product.factors, other if sign > 0 else 1 / other))
+    return None
+
+
+def _product(name: str, args: tuple[Any, ...], given: Mapping[str, Any]) -> _Product | None:
     """The product that a function has made, if it is one of two batched matrices."""
     if name in _PRODUCTS and len(args) > 1 and all(isinstance(x, Tensor) and x.dim() > 2 for x in args[:2]):
         return _Product(args[0], args[1].transpose(-1, -2), 1.0)
@@ -185,89 +225,105 @@ def _einsum(equation: str, operands: Any) -> _Product | None:
     return _Product(arrange(query, of_query, row), arrange(key, of_key, column), 1.0)
 
 
-def _four_dimensional(product: _Product, logits: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Queries and keys as [B, H, L, d], and the logits of head 0 as [B, L, L]; None where heads cannot be told."""
+def _four_dimensional(
+    product: _Product, logits: Tensor, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Queries and keys as [B, H, L, d], and the logits as [B, H, L, L]; None where batch and heads cannot be told."""
     query, key = product.query, product.key
     rows, columns = logits.shape[-2:]
     if query.shape[-2] != rows or key.shape[-2] != columns:
         return None
-    if logits.dim() == 5:
+    if logits.dim() == 5 and query.dim() == key.dim() == 5 and key.shape[2] == 1 and _is_batch(len(query), rows, shape):
         # Grouped: [B, Hk, G, L, d] against [B, Hk, 1, L, d].
-        if query.dim() != 5 or key.dim() != 5 or key.shape[2] != 1:
-            return None
-        return query.flatten(1, 2), key.flatten(1, 2), logits[:, 0, 0]
-    if logits.dim() == 4:
-        number = logits.shape[0]
-    elif logits.dim() == 3:
-        number = batch if batch and logits.shape[0] % batch == 0 else logits.shape[0]
-    else:
+        return query.flatten(1, 2), key.flatten(1, 2), logits.flatten(1, 2)
+    if logits.dim() not in (3, 4) or (product.factors and logits.dim() != 4):
         return None
-    heads = [_split(x, number) for x in (query, key)]
-    if heads[0] is None or heads[1] is None or heads[0].shape[1] % heads[1].shape[1]:
+    batch = logits.shape[0]
+    if not _is_batch(batch, rows, shape):
         return None
-    return heads[0], heads[1], logits.reshape(number, -1, rows, columns)[:, 0]
+    if logits.dim() == 3:
+        # One head, or sequences and heads in one dimension: only the first has as many entries as the input.
+        return (query[:, None], key[:, None], logits[:, None]) if query.dim() == key.dim() == 3 else None
+    split = [_split(each, batch) for each in (query, key)]
+    if split[0] is None or split[1] is None or split[0].shape[1] % split[1].shape[1]:
+        return None
+    return split[0], split[1], logits
+
+
+def _is_batch(number: int, tokens: int, shape: tuple[int, ...]) -> bool:
+    """Whether a first dimension is the batch of an input [B, ...] or [L, B, ...]."""
+    if not shape:
+        return True
+    return shape[0] == number or (len(shape) > 2 and shape[0] == tokens and shape[1] == number)
 
 
 def _split(heads: Tensor, batch: int) -> Tensor | None:
-    """[B, H, L, d] of [B, H, L, d], [B H, L, d], or [B, L, d] of one head."""
-    flat = heads.reshape(-1, *heads.shape[-2:])
-    return None if len(flat) % batch else flat.reshape(batch, -1, *flat.shape[1:])
+    """[B, H, L, d] of [B or 1, H, L, d] or of [B H, L, d]."""
+    if heads.dim() == 4:
+        return heads.expand(batch, -1, -1, -1) if heads.shape[0] in (1, batch) else None
+    return heads.reshape(batch, -1, *heads.shape[1:]) if heads.dim() == 3 and len(heads) % batch == 0 else None
 
 
-def _tokens(square: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Valid tokens and document starts from the masked logits of one head, [B, L, L]."""
-    square = square.detach()
-    valid, previous = (allowed_on_diagonal(square, below) for below in (0, 1))
+def _tokens(masked: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Valid tokens and document starts from the masked logits [B, H, L, L]: what no head allows is not allowed."""
+    valid, previous = (allowed_on_diagonal(masked.detach(), below).any(dim=1) for below in (0, 1))
     whole = valid.device.type == "cpu" and bool(valid.all())
     return None if whole else valid, torch.cat([torch.ones_like(previous[:, :1]), ~previous], dim=1)
 
 
-def take_sdpa(module: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
-    """Take what `scaled_dot_product_attention(query, key, value, attn_mask, ..., scale=)` is given."""
+def take_sdpa(
+    module: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any], *, shape: tuple[int, ...] = ()
+) -> None:
+    """Take what `scaled_dot_product_attention(query, key, value, attn_mask, ..., scale=)` is given.
+
+    Args:
+        module: the watched module that calls it.
+        args: positional arguments.
+        given: arguments by name.
+        shape: of the module's first input, () if unknown.
+    """
     query, key = (given.get(name, args[at] if len(args) > at else None) for at, name in enumerate(("query", "key")))
     mask = given.get("attn_mask", args[3] if len(args) > 3 else None)
-    if query.dim() == 3:
-        # No heads: one for each sequence of the batch.
+    assert query is not None
+    assert key is not None
+    if query.dim() == 3 and shape and shape[0] == query.shape[0]:
+        # One head.
         query, key = query[:, None], key[:, None]
         mask = mask if mask is None or mask.dim() == 2 else mask[:, None]
-    elif query.dim() == 5:
-        query, key, mask = (
-            query.flatten(0, 1),
-            key.flatten(0, 1),
-            mask if mask is None or mask.dim() < 5 else mask.flatten(0, 1),
-        )
+    if query.dim() != 4 or key.dim() != 4:
+        skip(module, _ONE_DIMENSION)
+        return
     if mask is not None:
         mask = mask.reshape(*[1] * (4 - mask.dim()), *mask.shape)
     tap(module, query, key, scale=given.get("scale"), mask=mask, way=SDPA_WAY)
 
 
-_FOLLOWERS: list[_Follower] = []
-
-
 def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook."""
-    if getattr(module, SLOT, None) is None:
-        return
     current.before(module, args, kwargs)
-    if torch.compiler.is_compiling() or not module.training or not torch.is_grad_enabled() or is_compiled(module):
+    if torch.compiler.is_compiling() or not current.watched_now(module) or not torch.is_grad_enabled():
         return
-    first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 1), None)
-    follower = _Follower(module, 0 if first is None else first.shape[0])
+    if not module.training or is_compiled(module):
+        skip(module, _EVALUATING if not module.training else _COMPILED)
+        return
+    inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 2]
+    follower = _Follower(module, tuple(inputs[0].shape) if inputs else ())
     _FOLLOWERS.append(follower)
     follower.__enter__()  # type: ignore[no-untyped-call]
 
 
-def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook."""
-    if getattr(module, SLOT, None) is None:
-        return
-    if not torch.compiler.is_compiling() and _FOLLOWERS and _FOLLOWERS[-1].frame.module is module:
-        _FOLLOWERS.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
-    current.after(module, args, output)
+def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook, called also if the forward raises."""
+    if not torch.compiler.is_compiling():
+        for follower in reversed(_FOLLOWERS):
+            if follower.frame.module is module and follower.leave():
+                break
+    current.after(module, args, kwargs, output)
 
 
 def leave_all() -> None:
-    """Leave every module that a forward ended by an exception has left open."""
-    current.CURRENT.clear()
-    while _FOLLOWERS:
-        _FOLLOWERS.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    """Leave every module that a forward given up has left open."""
+    current.clear()
+    for follower in list(_FOLLOWERS):
+        follower.leave()
+    _FOLLOWERS.clear()

@@ -11,12 +11,15 @@ Layer 3: imports capture.taps; transformers inside functions.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
-from torch import Tensor, nn
+import torch
 
 from ..errors import MissingDependencyError
-from .taps import SLOT, SWITCH, tap
+from .taps import SLOT, SWITCH, failed, tap
+
+_NAMES = ("module", "query", "key", "value", "attention_mask")
 
 
 @functools.cache
@@ -40,18 +43,26 @@ def install() -> None:
     AttentionInterface.get_interface = get_interface
 
 
-def _tapped(
-    function: Any,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+def _tapped(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call an attention function with what it was given, after taking queries and keys from it."""
+    module: Any = args[0] if args else kwargs.get("module")
     if getattr(module, SLOT, None) is not None:
-        # Compressed entries follow the tokens' own keys (DeepSeek V4).
-        own = key[:, :, : query.shape[2]] if getattr(module, "compressor", None) is not None else key
-        tap(module, query, own, scale=kwargs.get("scaling"), mask=attention_mask, kwargs=kwargs)
-    return function(module, query, key, value, attention_mask, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            _take(function, module, args, kwargs)
+        else:
+            try:
+                _take(function, module, args, kwargs)
+            except Exception as error:  # Whatever goes wrong, training goes on.
+                failed(module, error)
+    return function(*args, **kwargs)
+
+
+def _take(function: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # As transformers calls it: module, query, key, value, attention_mask, and the rest by name.
+    given = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
+    if len(args) > len(_NAMES):
+        given = {**inspect.signature(function).bind(*args, **kwargs).arguments, **kwargs}
+    query, key = given["query"], given["key"]
+    # Compressed entries follow the tokens' own keys (DeepSeek V4).
+    own = key[:, :, : query.shape[2]] if getattr(module, "compressor", None) is not None else key
+    tap(module, query, own, scale=given.get("scaling"), mask=given.get("attention_mask"), kwargs=kwargs)

@@ -47,7 +47,7 @@ class Place:
     def __init__(self) -> None:
         """Take the next number."""
         self.number = next(_NUMBERS)
-        self.slot = torch.tensor([self.number, 0])
+        self.slot = torch.tensor([self.number, 0], device="cpu")
         self.armed: list[Tap] = []
         _BY_NUMBER[self.number] = self
 
@@ -168,7 +168,7 @@ def numbered_slot(holder: Any) -> Tensor:
     """A slot for what is no module; `holder.receive(name, call)` is then called from compiled code."""
     number = next(_NUMBERS)
     _BY_NUMBER[number] = holder
-    return torch.tensor([number, 0])
+    return torch.tensor([number, 0], device="cpu")
 
 
 def repeats(key: Tensor) -> int:
@@ -194,6 +194,8 @@ def repeats(key: Tensor) -> int:
 
 def why_not(module: nn.Module, query: Tensor, key: Tensor) -> str | None:
     """Why a call of a watched module does not count, if it does not."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "the call ran inside torch.func (vmap, grad), where values cannot be read"
     if not module.training:
         return "the module was in evaluation mode"
     if not torch.is_grad_enabled():
@@ -233,33 +235,46 @@ def tap(
         seen: valid tokens and document starts, where they are known already.
         way: how the call was found.
     """
-    batch, _, length, dim = query.shape
-    factor = dim**-0.5 if scale is None else scale
     if torch.compiler.is_compiling():
-        if why_not(module, query, key) is None:
+        if query.dim() == key.dim() == 4 and why_not(module, query, key) is None:
             if seen is None:
+                batch, _, length, _ = query.shape
                 seen = tokens(mask, kwargs or {}, batch=batch, length=length, device=query.device)
             valid, starts = seen
             slot = getattr(module, SLOT)
+            factor = query.shape[-1] ** -0.5 if scale is None else scale
             torch.ops.incoherence_monitor.tap(query.detach(), key.detach(), valid, starts, slot, factor)
         return
     place = place_of(module)
     if place is None:
         return
-    reason = why_not(module, query, key)
-    if reason is not None:
-        for one in place.armed:
-            one.skip(reason)
-        return
     try:
+        reason = why_not(module, query, key)
+        if reason is not None:
+            skip(module, reason)
+            return
+        batch, _, length, dim = query.shape
         if seen is None:
             seen = _CACHE(mask, kwargs or {}, batch=batch, length=length, device=query.device)
-        call = Call(query, key, float(factor), *seen, way)
+        call = Call(query, key, dim**-0.5 if scale is None else float(scale), *seen, way)
     except Exception as error:  # Whatever goes wrong, training goes on.
-        for one in place.armed:
-            one.owner.on_error(one.name, error)
+        failed(module, error)
         return
     place.hand_on(call)
+
+
+def skip(module: nn.Module, reason: str) -> None:
+    """Count a call of a watched module that is left out."""
+    place = place_of(module)
+    for one in place.armed if place is not None else ():
+        one.skip(reason)
+
+
+def failed(module: nn.Module, error: BaseException) -> None:
+    """Count a failure to take a watched module's call."""
+    place = place_of(module)
+    for one in place.armed if place is not None else ():
+        one.owner.on_error(one.name, error)
 
 
 @torch.library.custom_op("incoherence_monitor::tap", mutates_args=("slot",))

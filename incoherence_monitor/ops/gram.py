@@ -25,13 +25,14 @@ _DEFICIENT_RIDGE = 1e-11
 to within 1e-3, drops those below 1e-6, and needs neither an SVD nor a host sync."""
 
 
-def check_shapes(query: Tensor, key: Tensor, valid: Tensor | None = None) -> None:
-    """Check that query, key and valid fit together.
+def check_shapes(query: Tensor, key: Tensor, valid: Tensor | None = None, starts: Tensor | None = None) -> None:
+    """Check that query, key, valid and starts fit together.
 
     Args:
         query: should be [B, Hq, L, d].
         key: should be [B, Hk, L, d], Hq a multiple of Hk.
         valid: should be bool [B, L] or None.
+        starts: should be bool [B, L] or None.
 
     Raises:
         SettingError: naming the shapes and what is allowed.
@@ -50,11 +51,12 @@ def check_shapes(query: Tensor, key: Tensor, valid: Tensor | None = None) -> Non
             f"The number of query heads must be a multiple of the number of key heads; got {query.shape[1]} query "
             f"heads and {key.shape[1]} key heads ({shapes})."
         )
-    if valid is not None and (valid.dtype != torch.bool or valid.shape != (query.shape[0], query.shape[2])):
-        raise SettingError(
-            f"valid must be bool of shape [batch, tokens] = {[query.shape[0], query.shape[2]]}; "
-            f"got {valid.dtype} {list(valid.shape)}."
-        )
+    for name, mask in (("valid", valid), ("starts", starts)):
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (query.shape[0], query.shape[2])):
+            raise SettingError(
+                f"{name} must be bool of shape [batch, tokens] = {[query.shape[0], query.shape[2]]}; "
+                f"got {mask.dtype} {list(mask.shape)}."
+            )
 
 
 def _working_dtype(device: torch.device) -> torch.dtype:
