@@ -96,7 +96,7 @@ def find_attention(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
     root = unwrap(model)
     named = [(canonical_name(name), module) for name, module in root.named_modules() if name]
     candidates = [found for name, module in named if (found := _judge(name, module)) is not None]
-    if not candidates and (found := _judge(type(root).__name__, root)) is not None:
+    if not candidates and (found := _judge(type(root).__name__, root)) is not None and not found.doubt:
         # The model is itself one attention layer.
         candidates = [found]
     certain = {found.name for found in candidates if not found.doubt}
@@ -190,7 +190,7 @@ class _Code:
 
 @functools.cache
 def _code_of_class(cls: Any) -> _Code:
-    bases = [base for base in cls.__mro__ if not base.__module__.startswith("torch.")]
+    bases = [base for base in cls.__mro__ if not _foreign(base)]
     members = [getattr(value, "__func__", value) for base in bases for value in vars(base).values() if callable(value)]
     known = [
         base for base in bases if any(_is_known(getattr(value, "__func__", value)) for value in vars(base).values())
@@ -243,7 +243,9 @@ def _code_of(callables: list[Any], *, depth: int) -> Iterator[tuple[FunctionType
 def _used(space: dict[str, Any], names: tuple[str, ...]) -> list[Any]:
     """Globals of these names, and of modules of the user's among them the attributes of these names."""
     found = [space[name] for name in names if name in space]
-    libraries = [one for one in found if isinstance(one, ModuleType) and not one.__name__.startswith("torch")]
+    libraries = [
+        one for one in found if isinstance(one, ModuleType) and not one.__name__.startswith(("torch", "transformers"))
+    ]
     return [*found, *(vars(one)[name] for one in libraries for name in names if name in vars(one))]
 
 
@@ -255,6 +257,9 @@ def _filled(cell: CellType) -> bool:
     return True
 
 
-def _foreign(function: FunctionType) -> bool:
-    """Whether a function belongs to torch, whose own helpers say nothing of a layer."""
-    return str(function.__module__).startswith(("torch.", "transformers.utils"))
+def _foreign(owner: Any) -> bool:
+    """Whether a function or class is torch's, or what transformers' models share, which says nothing of a layer."""
+    module = str(owner.__module__)
+    return module.startswith("torch.") or (
+        module.startswith("transformers.") and not module.startswith("transformers.models.")
+    )
