@@ -5,7 +5,7 @@ it calls: it remembers the product of queries and keys and follows it through sc
 mode calls every function as it was called, so results are bit-identical; it is left when the module returns, and with
 it goes what was remembered. Never in compiled code, where modes change what is compiled.
 
-Layer 3: imports capture.current, discovery, masks and taps.
+Layer 3: imports capture.algebra, current, discovery and taps.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import current
+from .algebra import Product, heads_of, product_of, scaled, tokens_of
 from .discovery import is_compiled
-from .masks import allowed_on_diagonal
 from .taps import failed, place_of, skip, tap
 
 WAY = "matmul and softmax by hand, eager"
 SDPA_WAY = "torch's scaled_dot_product_attention"
-_PRODUCTS = {"matmul", "__matmul__", "bmm"}
 _SOFTMAX = {"softmax", "_softmax"}
 _SCALING = {"mul": 1, "__mul__": 1, "__rmul__": 1, "mul_": 1, "__imul__": 1, "multiply": 1, "div": -1, "div_": -1,
             "__truediv__": -1, "__itruediv__": -1, "true_divide": -1, "divide": -1}  # fmt: skip
@@ -46,33 +45,19 @@ _UNFOLLOWED = "its softmax does not follow one product of queries and keys that 
 _FOLLOWERS: list[_Follower] = []
 
 
-@dataclass(frozen=True)
-class _Product:
-    """A product of queries and keys on its way to the softmax: q [..., L, d] and k [..., L, d] as multiplied.
-
-    `factors` are scales of their own for heads, [..., 1, 1], which go to the queries.
-    """
-
-    query: Tensor
-    key: Tensor
-    scale: float
-    mixed: bool = False
-    factors: tuple[Tensor, ...] = ()
-
-
 @dataclass
 class _Frame:
     """What is remembered while one module runs; `shape` is that of its first input, () if there is none."""
 
     module: nn.Module
     shape: tuple[int, ...]
-    products: dict[int, tuple[weakref.ref[Tensor], _Product]] = field(default_factory=dict)
+    products: dict[int, tuple[weakref.ref[Tensor], Product]] = field(default_factory=dict)
 
-    def of(self, value: Any) -> _Product | None:
+    def of(self, value: Any) -> Product | None:
         held = self.products.get(id(value))
         return held[1] if held is not None and held[0]() is value else None
 
-    def remember(self, value: Tensor, product: _Product) -> None:
+    def remember(self, value: Tensor, product: Product) -> None:
         self.products[id(value)] = (weakref.ref(value), product)
 
 
@@ -116,7 +101,7 @@ class _Follower(TorchFunctionMode):
         return out
 
     def _follow(self, name: str, args: tuple[Any, ...], given: Mapping[str, Any], out: Tensor) -> None:
-        if (product := _product(name, args, given)) is not None:
+        if (product := product_of(name, args, given)) is not None:
             self.frame.remember(out, product)
             return
         values = [*args, *given.values()]
@@ -128,11 +113,13 @@ class _Follower(TorchFunctionMode):
         if len({id(one.query) for _, one in followed}) > 1:
             following = replace(product, mixed=True) if name in _ADDING | _SUBTRACTING else None
         elif name in _SCALING:
-            following = _scaled(product, others[0] if others else None, _SCALING[name])
+            following = scaled(product, others[0] if others else None, _SCALING[name])
         elif name in _ADDING:
             following = product if "alpha" not in given else None
         elif name in _RESHAPING:
             following = product if out.shape[-2:] == given_to.shape[-2:] else None
+            if following is not None and out.dim() == 4:
+                following = replace(product, apart=tuple(out.shape[:2]))
         else:
             first = args[0] is given_to if args else False
             following = product if name in _KEEPING or (name in _SUBTRACTING and first) else None
@@ -151,7 +138,7 @@ class _Follower(TorchFunctionMode):
             if product is not None or (logits.dim() > 2 and any(one.looks for one in place.armed)):
                 skip(self.frame.module, _MIXED if product is not None and product.mixed else _UNFOLLOWED)
             return
-        heads = _four_dimensional(product, logits, self.frame.shape)
+        heads = heads_of(product, logits, self.frame.shape)
         # What was multiplied so far need not be held any longer.
         self.frame.products.clear()
         if heads is None:
@@ -160,115 +147,8 @@ class _Follower(TorchFunctionMode):
         query, key, masked = heads
         for factor in product.factors:
             query = query * factor.detach().to(query.dtype)
-        seen = _tokens(masked) if query.shape[2] == key.shape[2] else (None, None)
+        seen = tokens_of(masked) if query.shape[2] == key.shape[2] else (None, None)
         tap(self.frame.module, query, key, scale=product.scale, seen=seen, way=WAY)
-
-
-def _scaled(product: _Product, other: Any, sign: int) -> _Product | None:
-    """The product times (1) or divided by (-1) a number, or by a tensor that is one for all pairs of tokens."""
-    if isinstance(other, (int, float)):
-        return replace(product, scale=product.scale * float(other) ** sign)
-    if not isinstance(other, Tensor):
-        return None
-    other = other.detach()
-    if other.numel() == 1:
-        return replace(product, scale=product.scale * float(other) ** sign)
-    if other.dim() >= 2 and other.shape[-2:] == (1, 1):
-        return replace(product, factors=(*product.factors, other if sign > 0 else 1 / other))
-    return None
-
-
-def _product(name: str, args: tuple[Any, ...], given: Mapping[str, Any]) -> _Product | None:
-    """The product that a function has made, if it is one of two batched matrices."""
-    if name in _PRODUCTS and len(args) > 1 and all(isinstance(x, Tensor) and x.dim() > 2 for x in args[:2]):
-        return _Product(args[0], args[1].transpose(-1, -2), 1.0)
-    if name in ("baddbmm", "baddbmm_"):
-        left, right = (
-            given.get(key, args[at] if len(args) > at else None) for at, key in ((1, "batch1"), (2, "batch2"))
-        )
-        if isinstance(left, Tensor) and isinstance(right, Tensor):
-            return _Product(left, right.transpose(-1, -2), float(given.get("alpha", 1)))
-    if name == "einsum" and isinstance(args[0], str):
-        operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
-        return _einsum(args[0].replace(" ", ""), operands)
-    return None
-
-
-def _einsum(equation: str, operands: Any) -> _Product | None:
-    """The product that an equation such as bqhd,bkhd->bhqk makes; None for any other kind."""
-    sides, _, result = equation.partition("->")
-    names = sides.split(",")
-    if len(names) != 2 or len(operands) != 2 or "." in equation or len(result) < 3:
-        return None
-    row, column = result[-2], result[-1]
-    left, right = names
-    at = 0 if row in left and column in right else 1
-    query, key = operands[at], operands[1 - at]
-    of_query, of_key = names[at], names[1 - at]
-    summed = set(of_query) & set(of_key) - set(result)
-    if row in of_key or column in of_query or row not in of_query or column not in of_key or len(summed) != 1:
-        return None
-    (width,) = summed
-    if any(name not in of_query and name not in of_key for name in result[:-2]):
-        return None
-
-    def arrange(tensor: Tensor, own: str, place: str) -> Tensor:
-        kept = [name for name in result[:-2] if name in own]
-        ordered = tensor.permute([own.index(name) for name in (*kept, place, width)])
-        for position, name in enumerate(result[:-2]):
-            if name not in own:
-                ordered = ordered.unsqueeze(position)
-        return ordered
-
-    if len(set(of_query)) != len(of_query) or set(of_query) - set(result) - {width}:
-        return None
-    return _Product(arrange(query, of_query, row), arrange(key, of_key, column), 1.0)
-
-
-def _four_dimensional(
-    product: _Product, logits: Tensor, shape: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Queries and keys as [B, H, L, d], and the logits as [B, H, L, L]; None where batch and heads cannot be told."""
-    query, key = product.query, product.key
-    rows, columns = logits.shape[-2:]
-    if query.shape[-2] != rows or key.shape[-2] != columns:
-        return None
-    if logits.dim() == 5 and query.dim() == key.dim() == 5 and key.shape[2] == 1 and _is_batch(len(query), rows, shape):
-        # Grouped: [B, Hk, G, L, d] against [B, Hk, 1, L, d].
-        return query.flatten(1, 2), key.flatten(1, 2), logits.flatten(1, 2)
-    if logits.dim() not in (3, 4) or (product.factors and logits.dim() != 4):
-        return None
-    batch = logits.shape[0]
-    if not _is_batch(batch, rows, shape):
-        return None
-    if logits.dim() == 3:
-        # One head, or sequences and heads in one dimension: only the first has as many entries as the input.
-        return (query[:, None], key[:, None], logits[:, None]) if query.dim() == key.dim() == 3 else None
-    split = [_split(each, batch) for each in (query, key)]
-    if split[0] is None or split[1] is None or split[0].shape[1] % split[1].shape[1]:
-        return None
-    return split[0], split[1], logits
-
-
-def _is_batch(number: int, tokens: int, shape: tuple[int, ...]) -> bool:
-    """Whether a first dimension is the batch of an input [B, ...] or [L, B, ...]."""
-    if not shape:
-        return True
-    return shape[0] == number or (len(shape) > 2 and shape[0] == tokens and shape[1] == number)
-
-
-def _split(heads: Tensor, batch: int) -> Tensor | None:
-    """[B, H, L, d] of [B or 1, H, L, d] or of [B H, L, d]."""
-    if heads.dim() == 4:
-        return heads.expand(batch, -1, -1, -1) if heads.shape[0] in (1, batch) else None
-    return heads.reshape(batch, -1, *heads.shape[1:]) if heads.dim() == 3 and len(heads) % batch == 0 else None
-
-
-def _tokens(masked: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Valid tokens and document starts from the masked logits [B, H, L, L]: what no head allows is not allowed."""
-    valid, previous = (allowed_on_diagonal(masked.detach(), below).any(dim=1) for below in (0, 1))
-    whole = valid.device.type == "cpu" and bool(valid.all())
-    return None if whole else valid, torch.cat([torch.ones_like(previous[:, :1]), ~previous], dim=1)
 
 
 def take_sdpa(
