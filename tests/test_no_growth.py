@@ -70,7 +70,9 @@ def run(samples, *, every=1, backend=None, **settings):
 
 
 def assert_no_growth(found, samples):
-    assert found[-1][0] == found[0][0]
+    # Fewer is no growth: what earlier tests of the process have left may be let go meanwhile.
+    grown = {name: (count, found[-1][0][name]) for name, count in found[0][0].items() if found[-1][0][name] > count}
+    assert grown == {}
     # Where more than one object were left behind for two samples, this is far exceeded; caches may still fill a little.
     assert found[-1][1] - found[-2][1] < samples * 0.4 / 2
 
