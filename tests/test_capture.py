@@ -113,8 +113,6 @@ def test_padding_is_left_out(attention, side):
 
 @pytest.mark.parametrize("told_by", ["positions", "mask", "lengths", "block mask"])
 def test_windows_stay_in_packed_documents(told_by):
-    from transformers.masking_utils import create_causal_mask
-
     lengths = [50, 20, 60]
     attention = {"mask": "eager", "block mask": "flex_attention"}.get(told_by, "sdpa")
     model = tiny_model("llama", attention=attention).train().requires_grad_(attention != "flex_attention")
@@ -122,14 +120,20 @@ def test_windows_stay_in_packed_documents(told_by):
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     ends = torch.tensor([0, 50, 70, 130], dtype=torch.int32)
     given = {"position_ids": positions}
-    if told_by in ("mask", "block mask"):
-        # The mask alone tells: positions go on over the documents.
-        embeddings = model.model.embed_tokens(ids)
-        mask = create_causal_mask(
-            config=model.config, inputs_embeds=embeddings, attention_mask=None, past_key_values=None,
-            position_ids=positions,
-        )  # fmt: skip
-        given = {"attention_mask": mask}
+    # A mask alone tells: positions go on over the documents.
+    number = (positions[0] == 0).cumsum(0)
+    if told_by == "mask":
+        allowed = (number[:, None] == number) & torch.ones(130, 130, dtype=torch.bool).tril()
+        given = {
+            "attention_mask": torch.zeros(130, 130).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
+        }
+    elif told_by == "block mask":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def allows(b, h, i, j):
+            return (number[i] == number[j]) & (i >= j)
+
+        given = {"attention_mask": create_block_mask(allows, None, None, 130, 130, device="cpu")}
     elif told_by == "lengths":
         given = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 60, "max_length_k": 60}
     seen = []
