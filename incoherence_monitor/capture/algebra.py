@@ -140,3 +140,24 @@ def tokens_of(masked: Tensor) -> tuple[Tensor | None, Tensor | None]:
     valid, previous = (allowed_on_diagonal(masked.detach(), below).any(dim=1) for below in (0, 1))
     whole = valid.device.type == "cpu" and bool(valid.all())
     return None if whole else valid, torch.cat([torch.ones_like(previous[:, :1]), ~previous], dim=1)
+
+
+def repeats(key: Tensor) -> int:
+    """How often each key head was repeated for its query heads before the product, as some models do themselves.
+
+    Reads back from the device, once in a layer's life.
+
+    Args:
+        key: [B, H, L, d].
+
+    Returns:
+        The largest divisor of H such that all heads in a row of so many are the same, and not zero; 1 if none.
+    """
+    heads = key.shape[1]
+    if heads == 1 or not bool(key.any()):
+        return 1
+    same = (key[:, 1:] == key[:, :-1]).transpose(0, 1).flatten(1).all(dim=1).tolist()
+    for group in range(heads, 1, -1):
+        if heads % group == 0 and all(same[at] for at in range(heads - 1) if (at + 1) % group):
+            return group
+    return 1

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TELLING = ("cu_seq_lens_q", "position_ids")
+"""Arguments of an attention call that tell of packed documents."""
+
 _FORBIDDEN = -5e3
 """Additive mask values below this forbid: they are -10,000, the dtype's minimum or -inf in the wild."""
 

@@ -5,7 +5,7 @@ lies beside the module; its presence is what Dynamo guards on, which gives two c
 armed graph the tap is an opaque custom operator that reads the place's number from the slot: a graph shared by several
 layers then needs no compilation for each.
 
-Layer 3: imports capture.base, discovery and masks.
+Layer 3: imports capture.algebra, base, discovery and masks.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .algebra import repeats
 from .base import AttentionInput, CallCounter, Receiver
 from .discovery import Found
-from .masks import TokensCache, tokens, worth_knowing
+from .masks import TELLING, TokensCache, tokens, worth_knowing
 
 SLOT = "_incoherence_slot"
 ROUTED = "transformers' attention interface"
@@ -171,27 +172,6 @@ def numbered_slot(holder: Any) -> Tensor:
     return torch.tensor([number, 0], device="cpu")
 
 
-def repeats(key: Tensor) -> int:
-    """How often each key head was repeated for its query heads before the product, as some models do themselves.
-
-    Reads back from the device, once in a layer's life.
-
-    Args:
-        key: [B, H, L, d].
-
-    Returns:
-        The largest divisor of H such that all heads in a row of so many are the same, and not zero; 1 if none.
-    """
-    heads = key.shape[1]
-    if heads == 1 or not bool(key.any()):
-        return 1
-    same = (key[:, 1:] == key[:, :-1]).transpose(0, 1).flatten(1).all(dim=1).tolist()
-    for group in range(heads, 1, -1):
-        if heads % group == 0 and all(same[at] for at in range(heads - 1) if (at + 1) % group):
-            return group
-    return 1
-
-
 def why_not(module: nn.Module, query: Tensor, key: Tensor) -> str | None:
     """Why a call of a watched module does not count, if it does not."""
     if torch._C._functorch.maybe_current_level() is not None:
@@ -237,13 +217,20 @@ def tap(
     """
     if torch.compiler.is_compiling():
         if query.dim() == key.dim() == 4 and why_not(module, query, key) is None:
-            if seen is None:
+            given = kwargs or {}
+            if seen is None and mask is not None and not isinstance(mask, Tensor):
+                # A block mask is code, which no operator can be handed.
                 batch, _, length, _ = query.shape
-                seen = tokens(mask, kwargs or {}, batch=batch, length=length, device=query.device)
-            valid, starts = seen
+                seen = tokens(mask, given, batch=batch, length=length, device=query.device)
+            # Masks and positions are handed over as they are: whatever is computed of them here becomes part of the
+            # graph, and the compiler may then fuse the model's own operations otherwise.
+            told = [mask, *(given.get(name) for name in TELLING)] if seen is None else [None] * (1 + len(TELLING))
+            valid, starts = seen or (None, None)
             slot = getattr(module, SLOT)
             factor = query.shape[-1] ** -0.5 if scale is None else scale
-            torch.ops.incoherence_monitor.tap(query.detach(), key.detach(), valid, starts, slot, factor)
+            told = [each if isinstance(each, Tensor) else None for each in told]
+            selects = "indices" in given
+            torch.ops.incoherence_monitor.tap(query.detach(), key.detach(), *told, valid, starts, slot, factor, selects)
         return
     place = place_of(module)
     if place is None:
@@ -279,17 +266,47 @@ def failed(module: nn.Module, error: BaseException) -> None:
 
 @torch.library.custom_op("incoherence_monitor::tap", mutates_args=("slot",))
 def _tap_op(
-    query: Tensor, key: Tensor, valid: Tensor | None, starts: Tensor | None, slot: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    ends: Tensor | None,
+    positions: Tensor | None,
+    valid: Tensor | None,
+    starts: Tensor | None,
+    slot: Tensor,
+    scale: float,
+    selects: bool,
 ) -> None:
     """Hand on what a compiled attention layer received; `slot` is [number of the place, calls so far] on the host."""
     slot[1] += 1
     place = _BY_NUMBER.get(int(slot[0]))
-    if place is not None:
-        place.hand_on(Call(query, key, scale, valid, starts))
+    if place is None:
+        return
+    try:
+        if valid is None and starts is None:
+            given = dict(zip(TELLING, (ends, positions), strict=True)) | ({"indices": None} if selects else {})
+            valid, starts = _CACHE(mask, given, batch=len(query), length=query.shape[2], device=query.device)
+        call = Call(query, key, scale, valid, starts)
+    except Exception as error:  # Whatever goes wrong, training goes on.
+        for one in place.armed:
+            one.owner.on_error(one.name, error)
+        return
+    place.hand_on(call)
 
 
 @_tap_op.register_fake
-def _(query: Tensor, key: Tensor, valid: Tensor | None, starts: Tensor | None, slot: Tensor, scale: float) -> None:
+def _(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    ends: Tensor | None,
+    positions: Tensor | None,
+    valid: Tensor | None,
+    starts: Tensor | None,
+    slot: Tensor,
+    scale: float,
+    selects: bool,
+) -> None:
     return None
 
 
