@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+
+# Modules of helpers are collected too, for their doctests, also where there are no extras.
+pytest.importorskip("transformers")
 
 from incoherence_monitor import IncoherenceCallback, MonitorConfig
 
