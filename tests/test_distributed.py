@@ -100,7 +100,8 @@ def test_ranks_agree_on_the_shortest_window(tmp_path):
 def test_layers_that_some_ranks_alone_show_are_in_one_history(tmp_path):
     results = run(_watch, 2, tmp_path, "layers")
     assert results[0]["latest"] == results[1]["latest"]
-    assert not results[0]["notices"]
+    # Without matplotlib there are no pictures, which is told.
+    assert set(results[0]["notices"]) <= {"no pictures"}
     layers = list(dict.fromkeys(layer for layer, _ in History.open(tmp_path).heads("key_norm")))
     assert layers == ["layer.9", "layer.10", "layer.11"]
 
