@@ -157,11 +157,13 @@ def coverage(
     watched, out_of_reach, ways = [], {}, {}
     if capture is not None:
         skipped |= {f"calls: {reason}": count for reason, count in capture.skipped.items()}
-        watched = [tap.name for tap in capture.taps if tap.name in taken or not tap.doubt]
         ways = {tap.name: tap.way for tap in capture.taps if tap.name in taken}
         out_of_reach = capture.unreachable | dict.fromkeys(capture.excluded, "left out by include and exclude")
         unseen = capture.doubtful() | capture.why_unseen
         out_of_reach |= {name: why for name, why in (capture.missed | unseen).items() if name not in taken}
+        watched = [
+            tap.name for tap in capture.taps if tap.name not in out_of_reach and (not tap.doubt or tap.name in taken)
+        ]
     short = {name: f"no sequence has had the {window} tokens of a window" for name, window in sampler.barren.items()}
     out_of_reach |= {**short, **refused}
     watched = [name for name in dict.fromkeys([*watched, *sampler.layers]) if name not in refused]
