@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import SettingError
-from .stats import DEFAULT_ALERTING, check_names
+from .stats import DEFAULT_ALERTING, check_names, recorded
 
 WINDOW_LADDER = (256, 128, 64, 32)
 """Window lengths tried when sequences are too short for the default one."""
@@ -25,7 +25,8 @@ class MonitorConfig:
             run, where most sequences of the first batch are shorter; any other value is used as it is.
         windows_per_sample: windows in one sample over all micro-batches and ranks together, at least 1. Half lie at
             the start of sequences, half at drawn offsets.
-        statistics: names of the statistics that raise alerts; all are recorded whatever is named here.
+        statistics: names of the statistics that raise alerts. All are recorded whatever is named here, but for
+            `logit_max` and `attention_entropy`, which take all pairs of a window's tokens: only if named.
         baseline_samples: samples a baseline holds, at least 28 (24 to be armed, and the 4 newest left out).
         false_alarm_every: mean number of samples between false warnings of the whole model, at least 1; the one knob
             of sensitivity. Smaller is more sensitive.
@@ -63,6 +64,11 @@ class MonitorConfig:
         every = self.false_alarm_every
         if isinstance(every, bool) or not isinstance(every, (int, float)) or not 1 <= every < float("inf"):
             raise SettingError(f"false_alarm_every must be a number of samples of at least 1; got {every!r}.")
+
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """Names of the statistics that are recorded."""
+        return recorded(self.statistics)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values that JSON can hold."""

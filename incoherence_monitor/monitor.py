@@ -29,7 +29,7 @@ from .pipeline import Pipeline
 from .records import Alert
 from .reporting import Reporter
 from .sampling import WindowSampler
-from .state import STATE_FORMAT, changed_settings, check_state, fingerprint
+from .state import STATE_FORMAT, baselines_hold, check_state, fingerprint
 from .trackers import Tracker
 from .watching import attach, coverage, describe_layer, holding, tell_unseen
 
@@ -43,9 +43,9 @@ SAMPLES_IN_MEMORY = 1000
 class IncoherenceMonitor:
     """Watches the attention heads of one model while it trains.
 
-    Every `every` steps it takes the queries, keys and values each head used, computes the statistics of METRICS.md, compares
-    each head with its own baseline and with its cohort, and logs and alerts. It never raises into the training loop
-    after the first step, and leaves gradients, weights and random generators untouched.
+    Every `every` steps it takes the queries, keys and values each head used, computes the statistics of METRICS.md,
+    compares each head with its own baseline and with its cohort, and logs and alerts. It never raises into the
+    training loop after the first step, and leaves gradients, weights and random generators untouched.
 
     Example:
         >>> import torch
@@ -178,6 +178,7 @@ class IncoherenceMonitor:
         scale: float | None = None,
         valid: Tensor | None = None,
         starts: Tensor | None = None,
+        causal: bool = True,
     ) -> None:
         """Show one attention call that cannot be reached otherwise, also in compiled code; nothing between samples.
 
@@ -189,6 +190,7 @@ class IncoherenceMonitor:
             scale: the factor s of the product; None means d ** -0.5.
             valid: bool [B, L]; None if every token is valid.
             starts: bool [B, L], True where a packed document begins; None if none begins inside a sequence.
+            causal: whether tokens attend to none after them; `logit_max` and `attention_entropy` ask.
 
         Raises:
             SettingError: if the shapes do not fit together; in the first sampled step, never later.
@@ -199,7 +201,8 @@ class IncoherenceMonitor:
         first = not torch.compiler.is_compiling() and self.samples == 0 and not self._pipeline.in_flight
         if first and not (self._world_size > 1 and query.shape[0] == 0):
             check_shapes(query, key, valid, starts, value=value)
-        self._observed.show(name, query, key, value=value, scale=scale, valid=valid, starts=starts)
+        given: dict[str, Any] = {"value": value, "scale": scale, "valid": valid, "starts": starts, "causal": causal}
+        self._observed.show(name, query, key, **given)
 
     def _receive(self, given: AttentionInput) -> None:
         describe = functools.partial(describe_layer, capture=self._capture, sampler=self._sampler)
@@ -298,15 +301,9 @@ class IncoherenceMonitor:
         """
         check_state(state, fingerprint(self._capture), alone=self._world_size == 1)
         self.flush()
-        if state["every"] != self.every:
-            self._reporter.notice(
-                "every changed", f"samples were {state['every']} steps apart before and are {self.every} apart now"
-            )
         self._last_step = state["last_step"]
-        changed = changed_settings(state, self.config)
-        if changed:
-            self._reporter.notice("settings changed", f"{', '.join(changed)} changed; the baseline starts anew")
-        self._pipeline.load_state_dict(state, baselines=not changed)
+        baselines = baselines_hold(state, self.config, self.every, self._reporter)
+        self._pipeline.load_state_dict(state, baselines=baselines)
 
     def close(self) -> None:
         """Judge what is in flight, write the last picture and summary, and let go of model, threads and files."""

@@ -21,6 +21,7 @@ from .config import MonitorConfig, check_count
 from .ops import check_shapes, smooth_statistics
 from .records import LayerInfo, Layout
 from .shares import Shares
+from .stats import statistic
 from .sums import SampleSums, flatten, summarise
 from .windows import Place, WindowPlan, choose_window, extend_plan, lengths_of, select_windows
 
@@ -64,10 +65,11 @@ class WindowSampler:
         self.layers: dict[str, LayerInfo] = {}
         self.skipped: Counter[str] = Counter()
         self._open: dict[str, LayerWindows] = {}
-        self._layout = Layout(())
+        self._layout = Layout((), config.recorded)
         self.barren: dict[str, int] = {}
         self._fruitful: set[str] = set()
         self._step = 0
+        self._also = tuple(name for name in config.recorded if statistic(name).on_request)
 
     def open(self, step: int) -> None:
         """Begin a sample."""
@@ -115,6 +117,8 @@ class WindowSampler:
                 chosen.take(given.key),
                 value=None if given.value is None else chosen.take(given.value),
                 scale=given.scale,
+                also=self._also,
+                causal=given.causal,
             )
             flat, names = flatten(chosen.keep, smooth, core)
             held.parts.append(flat)
@@ -171,7 +175,7 @@ class WindowSampler:
         layers = tuple(sorted(self.layers.values(), key=lambda layer: layer.index))
         # One object for all samples: it holds arrays, and histories keep it.
         if self._layout.layers != layers:
-            self._layout = Layout(layers)
+            self._layout = Layout(layers, self.config.recorded)
         return self._layout
 
     def adopt(self, layout: Layout) -> None:

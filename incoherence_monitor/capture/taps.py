@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .algebra import repeats
 from .base import CallCounter, Receiver
 from .discovery import Found
-from .masks import TELLING, tokens
+from .masks import TELLING, causal_by, tokens
 from .operators import CACHE, Call, numbered_slot
 
 SLOT = "_incoherence_slot"
@@ -174,6 +174,7 @@ def tap(
     mask: Any = None,
     kwargs: Mapping[str, Any] | None = None,
     seen: tuple[Tensor | None, Tensor | None] | None = None,
+    causal: bool | Tensor | None = None,
     way: str = "",
 ) -> None:
     """Take what an attention call received. Never raises outside of compiled code; there, only while it is traced.
@@ -187,6 +188,7 @@ def tap(
         mask: as `masks.tokens` takes it.
         kwargs: the call's other arguments, which may tell of packed documents.
         seen: valid tokens and document starts, where they are known already.
+        causal: whether tokens attend to none after them; None if the mask is to say.
         way: how the call was found.
     """
     if torch.compiler.is_compiling():
@@ -196,6 +198,7 @@ def tap(
                 # A block mask is code, which no operator can be handed.
                 batch, _, length, _ = query.shape
                 seen = tokens(mask, given, batch=batch, length=length, device=query.device)
+                causal = causal_by(mask, batch=batch, length=length, device=query.device) if causal is None else causal
             # Masks and positions are handed over as they are: whatever is computed of them here becomes part of the
             # graph, and the compiler may then fuse the model's own operations otherwise.
             told = [mask, *(given.get(name) for name in TELLING)] if seen is None else [None] * (1 + len(TELLING))
@@ -205,7 +208,8 @@ def tap(
             told = [each if isinstance(each, Tensor) else None for each in told]
             selects = "indices" in given
             handed = [None if each is None else each.detach() for each in (query, key, value)]
-            torch.ops.incoherence_monitor.tap(*handed, *told, valid, starts, slot, factor, selects)
+            behind, said = (causal, None) if isinstance(causal, Tensor) else (None, causal)
+            torch.ops.incoherence_monitor.tap(*handed, *told, valid, starts, behind, slot, factor, selects, said)
         return
     place = place_of(module)
     if place is None:
@@ -218,7 +222,9 @@ def tap(
         batch, _, length, dim = query.shape
         if seen is None:
             seen = CACHE(mask, kwargs or {}, batch=batch, length=length, device=query.device)
-        call = Call(query, key, value, dim**-0.5 if scale is None else float(scale), *seen, way)
+        if causal is None:
+            causal = causal_by(mask, batch=batch, length=length, device=query.device)
+        call = Call(query, key, value, dim**-0.5 if scale is None else float(scale), *seen, causal, way)
     except Exception as error:  # Whatever goes wrong, training goes on.
         failed(module, error)
         return
