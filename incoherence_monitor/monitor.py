@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +30,7 @@ from .reporting import Reporter
 from .sampling import WindowSampler
 from .state import STATE_FORMAT, baselines_hold, check_state, fingerprint
 from .trackers import Tracker
-from .watching import attach, coverage, describe_layer, holding, tell_unseen
+from .watching import attach, coverage, describe_layer, holding, run_probe, tell_unseen
 
 if TYPE_CHECKING:
     from .history import History
@@ -89,6 +88,8 @@ class IncoherenceMonitor:
         self.config = config if config is not None else MonitorConfig()
         if not isinstance(self.config, MonitorConfig):
             raise SettingError(f"config must be a MonitorConfig; got {config!r}.")
+        if self.config.probe is not None and model is None:
+            raise SettingError("MonitorConfig(probe=...) needs the model that is to run it; got model=None.")
         self.output_dir = None if output_dir is None else Path(output_dir)
         self._reporter = Reporter()
         rank, self._world_size = distributed.rank_and_world()
@@ -151,9 +152,13 @@ class IncoherenceMonitor:
             self._timed("judging a sample", self._pipeline.take_up)
             self._pipeline.prepare(self._tell)
             self._timed("beginning a sample", lambda: self._open(step))
-        elif self._capture is not None:
+            if self.config.probe is not None:
+                self._armed = True
+                self._timed("running the probe", lambda: run_probe(self._capture, self.config.probe))
+                self._exit()
+        elif self._capture is not None and self.config.probe is None:
             self._timed("arming", self._capture.resume)
-        self._armed = True
+        self._armed = self.config.probe is None
 
     def _exit(self) -> None:
         if self._armed:
@@ -320,8 +325,6 @@ class IncoherenceMonitor:
         """The monitor itself, closed at the end of the block."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Close."""
         self.close()

@@ -60,6 +60,8 @@ class WindowSampler:
         self.shares = Shares(config, Place(rank, world_size))
         self.whole: dict[str, LayerInfo] = {}
         self.micro_batches = check_count("micro_batches", micro_batches, of="forwards a step")
+        if config.probe is not None:
+            self.micro_batches = 1
         self.plans: dict[str, WindowPlan] = {}
         self.fixed: set[str] = set()
         self.layers: dict[str, LayerInfo] = {}
@@ -72,8 +74,8 @@ class WindowSampler:
         self._also = tuple(name for name in config.recorded if statistic(name).on_request)
 
     def open(self, step: int) -> None:
-        """Begin a sample."""
-        self._step = step
+        """Begin a sample; of a probe, always by the same windows."""
+        self._step = step if self.config.probe is None else 0
         self._open = {}
 
     def receive(self, given: AttentionInput, info: Callable[[AttentionInput], LayerInfo]) -> None:

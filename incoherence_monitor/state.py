@@ -14,7 +14,7 @@ from .errors import StateError
 from .reporting import Reporter
 
 STATE_FORMAT = 1
-_BASELINES_DEPEND_ON = ("window", "windows_per_sample", "statistics", "baseline_samples", "include", "exclude")
+_BASELINES_DEPEND_ON = ("window", "windows_per_sample", "statistics", "baseline_samples", "include", "exclude", "probe")
 
 Fingerprint = dict[str, list[int | None]]
 

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from . import current
 from .algebra import Product, heads_of, like_keys, product_of, scaled, tokens_of, values_of
 from .discovery import is_compiled
-from .taps import failed, place_of, skip, tap
+from .taps import SWITCH, failed, place_of, skip, tap
 
 WAY = "matmul and softmax by hand, eager"
 SDPA_WAY = "torch's scaled_dot_product_attention"
@@ -234,9 +234,12 @@ def take_sdpa(
 def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook."""
     current.before(module, args, kwargs)
-    if torch.compiler.is_compiling() or not current.watched_now(module) or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not current.watched_now(module):
         return
-    if not module.training or is_compiled(module):
+    # Of a probe's forward, nothing is compiled.
+    if SWITCH.probe is None and not torch.is_grad_enabled():
+        return
+    if SWITCH.probe is None and (not module.training or is_compiled(module)):
         skip(module, _EVALUATING if not module.training else _COMPILED)
         return
     inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 2]

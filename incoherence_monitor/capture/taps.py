@@ -30,9 +30,10 @@ _DECLARED = ("num_attention_heads", "num_key_value_heads", "hidden_size")
 
 
 class Switch:
-    """Whether any capture is armed; Dynamo guards on the attribute."""
+    """Whether any capture is armed, on which Dynamo guards; and the one that runs a probe now, if any."""
 
     armed = False
+    probe: TapOwner | None = None
 
 
 SWITCH = Switch()
@@ -47,14 +48,19 @@ class Place:
         self.slot = numbered_slot(self)
         self.armed: list[Tap] = []
 
+    @property
+    def listening(self) -> list[Tap]:
+        """Those who watch now: of a probe's forward its own capture alone."""
+        return [tap for tap in self.armed if SWITCH.probe in (None, tap.owner)]
+
     def hand_on(self, call: Call) -> None:
         """Give a call to all who watch."""
-        for tap in self.armed:
+        for tap in self.listening:
             tap.receive(call)
 
     def failed(self, error: BaseException) -> None:
         """Count a failure to take a call."""
-        for tap in self.armed:
+        for tap in self.listening:
             tap.owner.on_error(tap.name, error)
 
 
@@ -148,9 +154,9 @@ def why_not(module: nn.Module, query: Tensor, key: Tensor) -> str | None:
     """Why a call of a watched module does not count, if it does not."""
     if torch._C._functorch.maybe_current_level() is not None:
         return "the call ran inside torch.func (vmap, grad), where values cannot be read"
-    if not module.training:
+    if SWITCH.probe is None and not module.training:
         return "the module was in evaluation mode"
-    if not torch.is_grad_enabled():
+    if SWITCH.probe is None and not torch.is_grad_enabled():
         return "the call ran without gradient (evaluation, generation or a checkpointed forward)"
     if query.shape[2] != key.shape[2]:
         return "queries and keys differ in length (cross-attention or a cache)"
@@ -234,7 +240,7 @@ def tap(
 def skip(module: nn.Module, reason: str) -> None:
     """Count a call of a watched module that is left out."""
     place = place_of(module)
-    for one in place.armed if place is not None else ():
+    for one in place.listening if place is not None else ():
         one.skip(reason)
 
 
