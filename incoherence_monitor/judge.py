@@ -24,6 +24,10 @@ RUNAWAY_LOGITS = 15.0
 RUNAWAY_OVER_FIRST = 2.0
 """A head up to this times the bound at its first sample, as pretrained ones may be, is allowed this times its value."""
 
+SHIFT_BOUNDS = {"float64": 1e-5, "float32": 1e-5, "tf32": 2.5e-3, "float16": 2.5e-3, "bfloat16": 2e-2}
+"""Largest shift residual of a sound attention backward, by the precision it runs in: at least ten times the largest
+measured (docs/shift_residual.md). float64 has float32's, since many models take their softmax in float32."""
+
 
 @dataclass(frozen=True)
 class JudgedSample:
@@ -73,6 +77,12 @@ class Judge:
             self._bound = rearrange(self._bound, positions, missing=np.nan)
             self._detector.grow(layout)
             self.book.grow(layout)
+        if layout != self.layout:
+            shift = [
+                SHIFT_BOUNDS.get(layer.precision, np.nan) if layer.shift_invariant else np.nan
+                for layer in layout.layers
+            ]
+            self._bound[layout.slices["shift_residual"]] = np.repeat(shift, [layer.key_heads for layer in layout.layers])
         self.layout = layout
 
     def judge(self, sums: SampleSums, *, step: int) -> JudgedSample:
@@ -98,7 +108,7 @@ class Judge:
         bound = np.maximum(RUNAWAY_LOGITS, RUNAWAY_OVER_FIRST * values[scale])
         own = values[scale] <= RUNAWAY_OVER_FIRST * RUNAWAY_LOGITS
         self._bound[scale] = np.where(first, np.where(own, bound, RUNAWAY_LOGITS), self._bound[scale])
-        findings = find(sums.layout, values, verdict, step=step, non_finite=non_finite, runaway_bound=self._bound)
+        findings = find(sums.layout, values, verdict, step=step, non_finite=non_finite, bounds=self._bound)
         alerts = self.book.process(findings, verdict, step=step, observed=np.isfinite(values))
         return JudgedSample(step, sums.layout, values.astype(np.float32), verdict, alerts)
 

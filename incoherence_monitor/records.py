@@ -37,6 +37,8 @@ class LayerInfo:
         head_dim: width of a query and a key.
         window: tokens in a window of this layer, 0 while not known.
         cohort: kind of layer; heads are compared with heads of the same cohort only (sliding against global, say).
+        precision: in which its attention runs, as `shift_bound` names it; empty while not known.
+        shift_invariant: whether a constant added to a row of its logits changes nothing, as is so for softmax alone.
     """
 
     name: str
@@ -46,6 +48,8 @@ class LayerInfo:
     head_dim: int
     window: int = 0
     cohort: str = "global"
+    precision: str = ""
+    shift_invariant: bool = True
 
     def heads(self, kind: HeadKind) -> int:
         """Number of heads of a kind."""

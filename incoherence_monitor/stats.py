@@ -30,6 +30,7 @@ class Statistic:
         alerts: raises alerts by default (DETECTION.md, the core set and the query side).
         high: what an unusually high value usually means.
         low: what an unusually low value usually means.
+        gradient: is taken from the gradient of a whole sequence's keys, not from windows of queries and keys.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Statistic:
     alerts: bool
     high: str
     low: str
+    gradient: bool = False
 
 
 STATISTICS: tuple[Statistic, ...] = (
@@ -152,6 +154,18 @@ STATISTICS: tuple[Statistic, ...] = (
         alerts=True,
         high="the queries use more dimensions: noise enters the query projection",
         low="the query projection is losing rank",
+    ),
+    Statistic(
+        "shift_residual",
+        "shift residual",
+        "key",
+        "ratio",
+        spectral=False,
+        alerts=True,
+        high="the attention backward has lost precision: its kernel, the precision it runs in, or gradients that "
+        "underflow; where attention is not shift-invariant by design, the logits or sinks have grown",
+        low="the attention backward has become more exact: another kernel or precision",
+        gradient=True,
     ),
 )
 
