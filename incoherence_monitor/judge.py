@@ -24,10 +24,6 @@ RUNAWAY_LOGITS = 15.0
 RUNAWAY_OVER_FIRST = 2.0
 """A head up to this times the bound at its first sample, as pretrained ones may be, is allowed this times its value."""
 
-SHIFT_BOUNDS = {"float64": 1e-5, "float32": 1e-5, "tf32": 2.5e-3, "float16": 2.5e-3, "bfloat16": 2e-2}
-"""Largest shift residual of a sound attention backward, by the precision it runs in: at least ten times the largest
-measured (docs/shift_residual.md). float64 has float32's, since many models take their softmax in float32."""
-
 
 @dataclass(frozen=True)
 class JudgedSample:
@@ -78,11 +74,8 @@ class Judge:
             self._detector.grow(layout)
             self.book.grow(layout)
         if layout != self.layout:
-            shift = [
-                SHIFT_BOUNDS.get(layer.precision, np.nan) if layer.shift_invariant else np.nan
-                for layer in layout.layers
-            ]
-            self._bound[layout.slices["shift_residual"]] = np.repeat(shift, [layer.key_heads for layer in layout.layers])
+            bounds = [layer.shift_bound for layer in layout.layers for _ in range(layer.key_heads)]
+            self._bound[layout.slices["shift_residual"]] = bounds
         self.layout = layout
 
     def judge(self, sums: SampleSums, *, step: int) -> JudgedSample:

@@ -69,8 +69,8 @@ def shift_message(place: str, precision: str, value: float, bound: float, since_
     """The gradient of the keys does not sum to zero."""
     underflow = " or scale the loss, since float16 gradients underflow" if precision == "float16" else ""
     return (
-        f"{place}: the gradient of the keys does not sum to zero at step {since_step}: shift residual {_number(value)}, "
-        f"where {precision} leaves at most {_number(bound)}. The attention backward is numerically wrong whatever the "
-        "data, as in arXiv 2510.04212, or attention here is no plain softmax: compare with "
-        f"attn_implementation='eager' or another kernel, or run attention in float32{underflow}."
+        f"{place}: the gradient of the keys does not sum to zero at step {since_step}: shift residual "
+        f"{_number(value)}, where {precision} leaves at most {_number(bound)}. The attention backward is numerically "
+        "wrong, whatever the data (as in arXiv 2510.04212), unless attention here is no plain softmax: compare with "
+        f"another attn_implementation, such as eager, or run attention in float32{underflow}."
     )

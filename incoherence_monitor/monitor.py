@@ -158,6 +158,7 @@ class IncoherenceMonitor:
     def _exit(self) -> None:
         if self._armed:
             self._armed = False
+            self._observed.end()
             if self._capture is not None:
                 self._reporter.guard("disarming", self._capture.disarm)
 
@@ -202,7 +203,7 @@ class IncoherenceMonitor:
         self._observed.show(name, query, key, value=value, scale=scale, valid=valid, starts=starts)
 
     def _receive(self, given: AttentionInput) -> None:
-        describe = functools.partial(describe_layer, capture=self._capture, sampler=self._sampler)
+        describe = functools.partial(describe_layer, capture=self._capture, sampler=self._sampler, told=self._reporter)
         self._pipeline.clock.measure(lambda: self._pipeline.receive(given, describe))
 
     def _seal(self) -> None:

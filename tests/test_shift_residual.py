@@ -30,7 +30,7 @@ def plain_attention(query, key, value, *, mask=None, delta_off=0.0):
 
 
 class Softmax(torch.autograd.Function):
-    """Softmax whose backward, P * (dP - (1 + off) delta), is right for off = 0. delta = rowsum(dP * P) = rowsum(dO * O)."""
+    """Softmax with the backward P * (dP - (1 + off) delta), delta = rowsum(dP * P), which is rowsum(dO * O)."""
 
     @staticmethod
     def forward(ctx, logits, off):

@@ -4,7 +4,7 @@ Needed where the torch function mode of `products` cannot be: in compiled code, 
 know. While a capture that needs them lives, these functions are replaced where the watched modules' code looks them
 up: in torch.nn.functional, in the packages they come from, and in the globals of the files the modules are written in.
 
-Layer 3: imports capture.current, multihead, products and taps.
+Layer 3: imports capture.current, gradients, multihead, products and taps.
 """
 
 from __future__ import annotations
@@ -21,59 +21,72 @@ from torch import Tensor
 
 from . import multihead, products
 from .current import pop, push, running
+from .gradients import SOFTCAP, KeySource, not_invariant
 from .masks import starts_of
 from .taps import SWITCH, failed, tap
 
 FLASH_WAY = "FlashAttention's own functions"
 FLEX_WAY = "torch's flex_attention"
 _HOMES = ("torch.nn.functional", "torch.nn.attention.flex_attention", "flash_attn", "flash_attn_interface")
-Take = Callable[[tuple[Any, ...], dict[str, Any]], None]
+Take = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
+"""Takes a call's arguments by position and by name; returns the keys to go on with, None if they are those given."""
 _SDPA = torch._C._nn.scaled_dot_product_attention
 _replaced: list[tuple[Any, str, Any]] = []
 _users: set[int] = set()
 
 
-def _sdpa(args: tuple[Any, ...], given: dict[str, Any]) -> None:
+def _sdpa(args: tuple[Any, ...], given: dict[str, Any]) -> Tensor | None:
     module = running()
-    if module is not None:
-        products.take_sdpa(module, args, given)
+    return None if module is None else products.take_sdpa(module, args, given)
 
 
-def _flex(args: tuple[Any, ...], given: dict[str, Any]) -> None:
+def _flex(args: tuple[Any, ...], given: dict[str, Any]) -> Tensor | None:
     module = running()
-    if module is not None:
-        query, key, value, _, mask, scale = _bind(
-            args, given, ("query", "key", "value", "score_mod", "block_mask", "scale")
-        )
-        tap(module, query, key, value=value, scale=scale, mask=mask, way=FLEX_WAY)
+    if module is None:
+        return None
+    query, key, value, changes, mask, scale = _bind(
+        args, given, ("query", "key", "value", "score_mod", "block_mask", "scale")
+    )
+    # Code that changes logits may add to them, or cap them.
+    bent = SOFTCAP if changes is not None else ""
+    return tap(module, query, key, value=value, scale=scale, mask=mask, way=FLEX_WAY, bent=bent)
 
 
 def _flash(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     """`flash_attn_func`: q, k and v [B, L, H, d]."""
-    _take_flash(given["q"], given["k"], given.get("v"), given.get("softmax_scale"))
+    _take_flash(given, given["q"], given["k"], given.get("v"), KeySource(given["k"], lambda grad: grad.transpose(1, 2)))
 
 
 def _flash_packed(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     """`flash_attn_qkvpacked_func`: qkv [B, L, 3, H, d]."""
+    source = KeySource(given["qkv"], lambda grad: grad[:, :, 1].transpose(1, 2))
     query, key, value = given["qkv"].unbind(2)
-    _take_flash(query, key, value, given.get("softmax_scale"))
+    _take_flash(given, query, key, value, source)
 
 
 def _flash_varlen(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     """`flash_attn_varlen_func`: q, k and v [T, H, d]."""
     value = given.get("v")
     value = value if value is None else value[None]
-    _take_flash(given["q"][None], given["k"][None], value, given.get("softmax_scale"), ends=given["cu_seqlens_q"])
+    source = KeySource(given["k"], lambda grad: grad.transpose(0, 1)[None])
+    _take_flash(given, given["q"][None], given["k"][None], value, source, ends=given["cu_seqlens_q"])
 
 
 def _flash_varlen_packed(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     """`flash_attn_varlen_qkvpacked_func`: qkv [T, 3, H, d]."""
+    source = KeySource(given["qkv"], lambda grad: grad[:, 1].transpose(0, 1)[None])
     query, key, value = given["qkv"][None].unbind(2)
-    _take_flash(query, key, value, given.get("softmax_scale"), ends=given["cu_seqlens"])
+    _take_flash(given, query, key, value, source, ends=given["cu_seqlens"])
 
 
 def _take_flash(
-    query: Tensor, key: Tensor, value: Tensor | None, scale: float | None, *, ends: Tensor | None = None
+    given: dict[str, Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    source: KeySource,
+    *,
+    ends: Tensor | None = None,
 ) -> None:
     module = running()
     if module is None:
@@ -81,7 +94,8 @@ def _take_flash(
     query, key = query.transpose(1, 2), key.transpose(1, 2)
     value = None if value is None else value.transpose(1, 2)
     seen = (None, None if ends is None else starts_of(ends, query.shape[2]))
-    tap(module, query, key, value=value, scale=scale, seen=seen, way=FLASH_WAY)
+    scale, bent = given.get("softmax_scale"), not_invariant(module, given)
+    tap(module, query, key, value=value, scale=scale, seen=seen, way=FLASH_WAY, source=source, bent=bent)
 
 
 def _multihead(args: tuple[Any, ...], given: dict[str, Any]) -> None:
@@ -139,14 +153,17 @@ def _original(function: Any) -> Any:
 
 
 def _watched(function: Any, take: Take, names: tuple[str, ...]) -> Any:
-    def offer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        take(args, {**dict(zip(names, args, strict=False)), **kwargs})
+    def offer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        return take(args, {**dict(zip(names, args, strict=False)), **kwargs})
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            if SWITCH.armed and running() is not None:
-                offer(args, kwargs)
+            key = offer(args, kwargs) if SWITCH.armed and running() is not None else None
+            if key is not None and len(args) > 1:
+                args = (args[0], key, *args[2:])
+            elif key is not None:
+                kwargs = {**kwargs, "key": key}
             return function(*args, **kwargs)
         module = running() if SWITCH.armed else None
         if module is not None:

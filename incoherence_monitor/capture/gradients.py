@@ -10,6 +10,7 @@ Layer 3: imports torch alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,8 @@ class Listener:
     def hook(self, source: KeySource) -> None:
         """Listen to a tensor's gradient."""
         if source.tensor.requires_grad:
-            self._handle = source.tensor.register_hook(lambda grad: self.hear(grad, source.lay))
+            hear = functools.partial(self.hear, lay=source.lay)
+            self._handle = source.tensor.register_hook(hear)  # type: ignore[no-untyped-call]
 
     def hear(self, grad: Tensor, lay: Callable[[Tensor], Tensor]) -> None:
         """Take the gradient; returns nothing, so that it goes on unchanged."""
@@ -64,7 +66,10 @@ class Listener:
         try:
             with torch.no_grad():
                 heads = lay(_local(grad.detach()))
-                taker(heads if self._repeats == 1 else heads.unflatten(1, (-1, self._repeats)).sum(dim=2))
+                if self._repeats > 1:
+                    batch, repeated, length, dim = heads.shape
+                    heads = heads.reshape(batch, repeated // self._repeats, self._repeats, length, dim).sum(dim=2)
+                taker(heads)
         except Exception as error:  # Whatever goes wrong, training goes on.
             self._failed(error)
 
@@ -73,6 +78,28 @@ class Listener:
         self._taker = None
         if self._handle is not None:
             self._handle.remove()
+
+
+class Listening:
+    """All that one watcher waits for in the present step."""
+
+    def __init__(self, failed: Callable[[BaseException], None]) -> None:
+        """Wait for nothing yet; `failed` is called with exceptions and must not raise."""
+        self._failed = failed
+        self._listeners: list[Listener] = []
+
+    def begin(self, taker: Taker, *, source: KeySource | None, repeats: int) -> Listener:
+        """Wait for the gradient of one call's keys; without a source, for whoever calls the listener."""
+        listener = Listener(taker, repeats, self._failed)
+        self._listeners.append(listener)
+        if source is not None:
+            listener.hook(source)
+        return listener
+
+    def end(self) -> None:
+        """Wait no longer: the step has ended."""
+        while self._listeners:
+            self._listeners.pop().end()
 
 
 def _local(grad: Tensor) -> Tensor:
@@ -85,11 +112,11 @@ def _local(grad: Tensor) -> Tensor:
     return grad.to_local()  # type: ignore[attr-defined,no-any-return]
 
 
-def not_invariant(module: nn.Module, given: Mapping[str, Any]) -> str:
+def not_invariant(module: nn.Module | None, given: Mapping[str, Any]) -> str:
     """Why a constant added to a row of a module's logits would change its attention; empty if nothing says so.
 
     Args:
-        module: that makes the call.
+        module: that makes the call, None if unknown.
         given: arguments of the call by name.
     """
     if getattr(module, "sinks", None) is not None or any(given.get(name) is not None for name in _SINK_NAMES):
@@ -106,11 +133,11 @@ def autocast_to(kind: str) -> str:
     return str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if torch.is_autocast_enabled(kind) else ""
 
 
-def precision_of(module: nn.Module, key: Tensor, cast: str) -> str:
-    """The precision in which attention on these keys runs, as `judge.SHIFT_BOUNDS` names it.
+def precision_of(module: nn.Module | None, key: Tensor, cast: str) -> str:
+    """The precision in which attention on these keys runs, as `records.SHIFT_BOUNDS` names it.
 
     Args:
-        module: that makes the call.
+        module: that makes the call, None if unknown.
         key: as it was handed to the attention function, which may cast it.
         cast: as `autocast_to` told when it was called.
     """

@@ -1,21 +1,23 @@
-"""The opaque operators by which queries, keys and values leave compiled code.
+"""The opaque operators by which queries, keys, values and gradients of keys leave compiled code.
 
 A compiled graph cannot hold the one who waits for a call, so that one is numbered: a small host tensor, the slot,
 holds [its number, calls so far], and the operator looks it up when it runs.
 
-Layer 3: imports capture.base and masks.
+Layer 3: imports capture.base, gradients and masks.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import AttentionInput
+from .gradients import KeySource, Listener, Listening, Taker, not_invariant, precision_of
 from .masks import TELLING, TokensCache, worth_knowing
 
 CACHE = TokensCache()
@@ -24,7 +26,7 @@ _NUMBERS = itertools.count()
 
 
 def numbered_slot(holder: Any) -> Tensor:
-    """A slot; from compiled code `holder.hand_on(call)` or `holder.receive(name, call)` is then called."""
+    """A slot; from compiled code `holder.hand_on(call)`, `hear(grad)` or `receive(name, call)` is then called."""
     number = next(_NUMBERS)
     _BY_NUMBER[number] = holder
     return torch.tensor([number, 0], device="cpu")
@@ -47,19 +49,38 @@ class Call:
         valid: Tensor | None,
         starts: Tensor | None,
         way: str = "",
+        *,
+        cast: str = "",
+        bent: str = "",
+        source: KeySource | None = None,
     ) -> None:
-        """Hold detached tensors, which share the model's memory; no values where they are not those of the keys."""
+        """Hold detached tensors, which share the model's memory; no values where they are not those of the keys.
+
+        Besides what `AttentionInput` has, `cast` is what `gradients.autocast_to` told, and `source` the keys with
+        their graph; None in compiled code, where whoever asks for their gradient is found in `listeners`.
+        """
         self.query, self.key, self.scale = query.detach(), key.detach(), scale
         belongs = value is not None and value.dim() == 4 and value.shape[:3] == key.shape[:3]
         self.value = value.detach() if belongs and value is not None else None
         self.valid, self.starts, self.way = valid, worth_knowing(valid, starts), way
+        self.cast, self.bent, self.source = cast, bent, source
+        self.listeners: list[Listener] = []
 
-    def counted(self, layer: str, micro: int, repeats: int = 1) -> AttentionInput:
+    def counted(
+        self, layer: str, micro: int, module: nn.Module | None, listening: Listening, *, repeats: int = 1
+    ) -> AttentionInput:
         """What is handed on of it, with one key head of each `repeats` equal ones."""
         key, value = self.key, self.value
         if repeats > 1:
             key, value = key[:, ::repeats], None if value is None else value[:, ::repeats]
-        return AttentionInput(layer, self.query, key, self.scale, self.valid, micro, starts=self.starts, value=value)
+        return AttentionInput(
+            layer, self.query, key, self.scale, self.valid, micro, starts=self.starts, value=value,
+            precision=precision_of(module, self.key, self.cast), bent=self.bent or not_invariant(module, {}),
+            gradient=functools.partial(self._ask, listening, repeats),
+        )  # fmt: skip
+
+    def _ask(self, listening: Listening, repeats: int, taker: Taker) -> None:
+        self.listeners.append(listening.begin(taker, source=self.source, repeats=repeats))
 
 
 @torch.library.custom_op("incoherence_monitor::tap", mutates_args=("slot",))
@@ -75,6 +96,8 @@ def _tap(
     slot: Tensor,
     scale: float,
     selects: bool,
+    cast: str,
+    bent: str,
 ) -> None:
     """Hand on what a compiled attention layer received to the place that the slot names."""
     place = _holder(slot)
@@ -84,11 +107,44 @@ def _tap(
         if valid is None and starts is None:
             given = dict(zip(TELLING, (ends, positions), strict=True)) | ({"indices": None} if selects else {})
             valid, starts = CACHE(mask, given, batch=len(query), length=query.shape[2], device=query.device)
-        call = Call(query, key, value, scale, valid, starts)
+        call = Call(query, key, value, scale, valid, starts, cast=cast, bent=bent)
     except Exception as error:  # Whatever goes wrong, training goes on.
         place.failed(error)
         return
     place.hand_on(call)
+
+
+@torch.library.custom_op("incoherence_monitor::shift", mutates_args=())
+def _shift(grad: Tensor, slot: Tensor) -> Tensor:
+    """Show the gradient of keys to the place that the slot names, and give it on, so that the compiler keeps this."""
+    place = _BY_NUMBER.get(int(slot[0]))
+    if place is not None:
+        place.hear(grad)
+    return grad.clone()
+
+
+@_shift.register_fake
+def _(grad: Tensor, slot: Tensor) -> Tensor:
+    return torch.empty_like(grad)
+
+
+class _Shown(torch.autograd.Function):
+    """Keys as they are, and in the backward their gradient as it is, after it was shown."""
+
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        return key.view_as(key)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (slot,) = ctx.saved_tensors
+        return torch.ops.incoherence_monitor.shift(grad, slot), None
+
+
+def shown(key: Tensor, slot: Tensor) -> Tensor:
+    """The keys to go on with in compiled code, so that the place hears their gradient."""
+    return _Shown.apply(key, slot) if key.requires_grad else key  # type: ignore[no-untyped-call]
 
 
 @torch.library.custom_op("incoherence_monitor::observed", mutates_args=("slot",))

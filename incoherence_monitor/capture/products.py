@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from . import current
 from .algebra import Product, heads_of, like_keys, product_of, scaled, tokens_of, values_of
 from .discovery import is_compiled
+from .gradients import SOFTCAP, KeySource
 from .taps import failed, place_of, skip, tap
 
 WAY = "matmul and softmax by hand, eager"
@@ -34,6 +35,7 @@ _ADDING = {"add", "__add__", "__radd__", "add_", "__iadd__", "masked_fill", "mas
 _SUBTRACTING = {"sub", "__sub__", "sub_", "__isub__"}
 _KEEPING = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "clone", "contiguous", "clamp", "clamp_",
             "nan_to_num", "tanh", "dropout"}  # fmt: skip
+_CAPPING = {"clamp", "clamp_", "tanh"}
 _RESHAPING = {"view", "reshape", "unflatten", "flatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "expand"}
 _WEIGHTS_KEEPING = _KEEPING | _RESHAPING | set(_SCALING) | {"masked_fill", "masked_fill_"}
 _MIXED = "its logits are a sum of several products (relative positions), so no one query and key make them"
@@ -143,6 +145,8 @@ class _Follower(TorchFunctionMode):
         else:
             first = args[0] is given_to if args else False
             following = product if name in _KEEPING or (name in _SUBTRACTING and first) else None
+            if following is not None and name in _CAPPING:
+                following = replace(product, capped=True)
         if following is not None:
             self.frame.remember(out, following)
         elif out is given_to:
@@ -194,14 +198,15 @@ class _Follower(TorchFunctionMode):
         seen = tokens_of(masked) if query.shape[2] == key.shape[2] else (None, None)
 
         def take(values: Tensor | None) -> None:
-            tap(self.frame.module, query, key, value=values, scale=product.scale, seen=seen, way=WAY)
+            told: dict[str, Any] = {"bent": SOFTCAP if product.capped else "", "source": product.source_of(key)}
+            tap(self.frame.module, query, key, value=values, scale=product.scale, seen=seen, way=WAY, **told)
 
         self.frame.awaiting = _Awaiting(key, take, torch.is_grad_enabled())
 
 
 def take_sdpa(
     module: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any], *, shape: tuple[int, ...] = ()
-) -> None:
+) -> Tensor | None:
     """Take what `scaled_dot_product_attention(query, key, value, attn_mask, ..., scale=)` is given.
 
     Args:
@@ -209,6 +214,9 @@ def take_sdpa(
         args: positional arguments.
         given: arguments by name.
         shape: of the module's first input, () if unknown.
+
+    Returns:
+        The keys to go on with, None if they are those given.
     """
     query, key, value = (
         given.get(name, args[at] if len(args) > at else None) for at, name in enumerate(("query", "key", "value"))
@@ -216,16 +224,19 @@ def take_sdpa(
     mask = given.get("attn_mask", args[3] if len(args) > 3 else None)
     assert query is not None
     assert key is not None
+    source = None
     if query.dim() == 3 and shape and shape[0] == query.shape[0]:
         # One head.
+        source = KeySource(key, lambda grad: grad[:, None])
         query, key, value = (each if each is None else each[:, None] for each in (query, key, value))
         mask = mask if mask is None or mask.dim() == 2 else mask[:, None]
     if query.dim() != 4 or key.dim() != 4:
         skip(module, _ONE_DIMENSION)
-        return
+        return None
     if mask is not None:
         mask = mask.reshape(*[1] * (4 - mask.dim()), *mask.shape)
-    tap(module, query, key, value=value, scale=given.get("scale"), mask=mask, way=SDPA_WAY)
+    shown = tap(module, query, key, value=value, scale=given.get("scale"), mask=mask, way=SDPA_WAY, source=source)
+    return shown if source is None else None
 
 
 def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

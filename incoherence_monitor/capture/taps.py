@@ -5,7 +5,7 @@ lies beside the module; its presence is what Dynamo guards on, which gives two c
 armed graph the tap is an opaque custom operator that reads the place's number from the slot: a graph shared by several
 layers then needs no compilation for each.
 
-Layer 3: imports capture.algebra, base, discovery, masks and operators.
+Layer 3: imports capture.algebra, base, discovery, gradients, masks and operators.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from .algebra import repeats
 from .base import CallCounter, Receiver
 from .discovery import Found
+from .gradients import KeySource, Listener, Listening, autocast_to, not_invariant
 from .masks import TELLING, tokens
-from .operators import CACHE, Call, numbered_slot
+from .operators import CACHE, Call, numbered_slot, shown
 
 SLOT = "_incoherence_slot"
 ROUTED = "transformers' attention interface"
@@ -46,11 +47,19 @@ class Place:
         """Take the next number."""
         self.slot = numbered_slot(self)
         self.armed: list[Tap] = []
+        self.awaiting: list[list[Listener]] = []
 
     def hand_on(self, call: Call) -> None:
         """Give a call to all who watch."""
         for tap in self.armed:
             tap.receive(call)
+        if call.source is None and call.listeners:
+            self.awaiting.append(call.listeners)
+
+    def hear(self, grad: Tensor) -> None:
+        """Take the gradient of a compiled call's keys. Which call's is not told; backwards mostly run in reverse."""
+        for listener in self.awaiting.pop() if self.awaiting else ():
+            listener.hear(grad, lambda heads: heads)
 
     def failed(self, error: BaseException) -> None:
         """Count a failure to take a call."""
@@ -81,6 +90,7 @@ class Tap:
         config = getattr(module, "config", None)
         self.declared = [_declared(config, name) for name in _DECLARED]
         self.counter = CallCounter()
+        self.listening = Listening(lambda error: owner.on_error(found.name, error))
         # Not known before the first call.
         self.repeats = 0
 
@@ -93,9 +103,11 @@ class Tap:
 
     def disarm(self) -> None:
         """Receive no more."""
+        self.listening.end()
         if self in self.place.armed:
             self.place.armed.remove(self)
         if not self.place.armed:
+            self.place.awaiting.clear()
             self.module.__dict__.pop(SLOT, None)
 
     def receive(self, call: Call) -> None:
@@ -109,7 +121,7 @@ class Tap:
             if self.repeats == 0:
                 self.repeats = repeats(call.key) if self.way != ROUTED else 1
             name = f"{self.name}/{use + 1}" if use else self.name
-            self.owner.receiver(call.counted(name, micro, self.repeats))
+            self.owner.receiver(call.counted(name, micro, self.module, self.listening, repeats=self.repeats))
         except Exception as error:  # Whatever goes wrong, training goes on.
             self.owner.on_error(self.name, error)
 
@@ -175,7 +187,9 @@ def tap(
     kwargs: Mapping[str, Any] | None = None,
     seen: tuple[Tensor | None, Tensor | None] | None = None,
     way: str = "",
-) -> None:
+    source: KeySource | None = None,
+    bent: str = "",
+) -> Tensor:
     """Take what an attention call received. Never raises outside of compiled code; there, only while it is traced.
 
     Args:
@@ -188,7 +202,16 @@ def tap(
         kwargs: the call's other arguments, which may tell of packed documents.
         seen: valid tokens and document starts, where they are known already.
         way: how the call was found.
+        source: what the keys were laid out from, where they are not themselves what the call uses.
+        bent: as `AttentionInput.bent`, where the way of capture knows.
+
+    Returns:
+        The keys to go on with: in compiled code, where the caller hands these to the call, their gradient is seen.
     """
+    bent = bent or not_invariant(module, kwargs or {})
+    cast = autocast_to(query.device.type)
+    # A gradient of what serves as keys and values both is not that of the keys.
+    alone = value is not key
     if torch.compiler.is_compiling():
         if query.dim() == key.dim() == 4 and why_not(module, query, key) is None:
             given = kwargs or {}
@@ -205,24 +228,28 @@ def tap(
             told = [each if isinstance(each, Tensor) else None for each in told]
             selects = "indices" in given
             handed = [None if each is None else each.detach() for each in (query, key, value)]
-            torch.ops.incoherence_monitor.tap(*handed, *told, valid, starts, slot, factor, selects)
-        return
+            torch.ops.incoherence_monitor.tap(*handed, *told, valid, starts, slot, factor, selects, cast, bent)
+            return shown(key, slot) if alone else key
+        return key
     place = place_of(module)
     if place is None:
-        return
+        return key
     try:
         reason = why_not(module, query, key)
         if reason is not None:
             skip(module, reason)
-            return
+            return key
         batch, _, length, dim = query.shape
         if seen is None:
             seen = CACHE(mask, kwargs or {}, batch=batch, length=length, device=query.device)
-        call = Call(query, key, value, dim**-0.5 if scale is None else float(scale), *seen, way)
+        factor = dim**-0.5 if scale is None else float(scale)
+        source = source or KeySource(key if alone else key.detach())
+        call = Call(query, key, value, factor, *seen, way, cast=cast, bent=bent, source=source)
     except Exception as error:  # Whatever goes wrong, training goes on.
         failed(module, error)
-        return
+        return key
     place.hand_on(call)
+    return key
 
 
 def skip(module: nn.Module, reason: str) -> None:

@@ -49,4 +49,5 @@ def shift_vector(grad: Tensor) -> Tensor:
         [B, Hk, d] as `shift_residual`, NaN where it is undefined.
     """
     wide = torch.float32 if grad.device.type == "mps" else torch.float64
-    return grad.sum(dim=2, dtype=wide) / torch.linalg.vector_norm(grad, dim=-1, dtype=wide).sum(dim=-1)[..., None]
+    parts: Tensor = torch.linalg.vector_norm(grad, dim=-1, dtype=wide).sum(dim=-1)
+    return grad.sum(dim=2, dtype=wide) / parts[..., None]
