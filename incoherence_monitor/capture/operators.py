@@ -114,18 +114,12 @@ def _tap(
     place.hand_on(call)
 
 
-@torch.library.custom_op("incoherence_monitor::shift", mutates_args=())
-def _shift(grad: Tensor, slot: Tensor) -> Tensor:
-    """Show the gradient of keys to the place that the slot names, and give it on, so that the compiler keeps this."""
-    place = _BY_NUMBER.get(int(slot[0]))
+@torch.library.custom_op("incoherence_monitor::shift", mutates_args=("slot",))
+def _shift(grad: Tensor, slot: Tensor) -> None:
+    """Show the gradient of keys to the place that the slot names."""
+    place = _holder(slot)
     if place is not None:
         place.hear(grad)
-    return grad.clone()
-
-
-@_shift.register_fake
-def _(grad: Tensor, slot: Tensor) -> Tensor:
-    return torch.empty_like(grad)
 
 
 class _Shown(torch.autograd.Function):
@@ -139,7 +133,8 @@ class _Shown(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (slot,) = ctx.saved_tensors
-        return torch.ops.incoherence_monitor.shift(grad, slot), None
+        torch.ops.incoherence_monitor.shift(grad, slot)
+        return grad, None
 
 
 def shown(key: Tensor, slot: Tensor) -> Tensor:
@@ -164,6 +159,7 @@ def _observed(
         holder.receive(name, Call(query, key, value, scale, valid, starts))
 
 
+@_shift.register_fake
 @_tap.register_fake
 @_observed.register_fake
 def _nothing(*args: Any) -> None:
