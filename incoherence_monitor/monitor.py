@@ -43,7 +43,7 @@ SAMPLES_IN_MEMORY = 1000
 class IncoherenceMonitor:
     """Watches the attention heads of one model while it trains.
 
-    Every `every` steps it takes the queries, keys and values each head used, computes the statistics of METRICS.md, compares
+    Every `every` steps it takes queries, keys and values, computes the statistics of METRICS.md for each head, compares
     each head with its own baseline and with its cohort, and logs and alerts. It never raises into the training loop
     after the first step, and leaves gradients, weights and random generators untouched.
 
@@ -109,14 +109,9 @@ class IncoherenceMonitor:
             keep_in_memory=SAMPLES_IN_MEMORY,
         )
         self._pipeline = Pipeline(
-            self._sampler,
-            Judge(self.config),
-            self._dashboard,
-            self._reporter,
-            rank=rank,
-            world_size=self._world_size,
-            on_alert=on_alert,
-        )
+            self._sampler, Judge(self.config), self._dashboard, self._reporter,
+            rank=rank, world_size=self._world_size, on_alert=on_alert,
+        )  # fmt: skip
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:

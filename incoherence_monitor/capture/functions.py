@@ -28,28 +28,27 @@ from .taps import SWITCH, failed, tap
 FLASH_WAY = "FlashAttention's own functions"
 FLEX_WAY = "torch's flex_attention"
 _HOMES = ("torch.nn.functional", "torch.nn.attention.flex_attention", "flash_attn", "flash_attn_interface")
-Take = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
-"""Takes a call's arguments by position and by name; returns the keys to go on with, None if they are those given."""
+Take = Callable[[tuple[Any, ...], dict[str, Any]], None]
 _SDPA = torch._C._nn.scaled_dot_product_attention
 _replaced: list[tuple[Any, str, Any]] = []
 _users: set[int] = set()
 
 
-def _sdpa(args: tuple[Any, ...], given: dict[str, Any]) -> Tensor | None:
+def _sdpa(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     module = running()
-    return None if module is None else products.take_sdpa(module, args, given)
+    if module is not None:
+        products.take_sdpa(module, args, given)
 
 
-def _flex(args: tuple[Any, ...], given: dict[str, Any]) -> Tensor | None:
+def _flex(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     module = running()
-    if module is None:
-        return None
-    query, key, value, changes, mask, scale = _bind(
-        args, given, ("query", "key", "value", "score_mod", "block_mask", "scale")
-    )
-    # Code that changes logits may add to them, or cap them.
-    bent = SOFTCAP if changes is not None else ""
-    return tap(module, query, key, value=value, scale=scale, mask=mask, way=FLEX_WAY, bent=bent)
+    if module is not None:
+        query, key, value, changes, mask, scale = _bind(
+            args, given, ("query", "key", "value", "score_mod", "block_mask", "scale")
+        )
+        # Code that changes logits may add to them, or cap them.
+        bent = SOFTCAP if changes is not None else ""
+        tap(module, query, key, value=value, scale=scale, mask=mask, way=FLEX_WAY, bent=bent)
 
 
 def _flash(args: tuple[Any, ...], given: dict[str, Any]) -> None:
@@ -153,17 +152,14 @@ def _original(function: Any) -> Any:
 
 
 def _watched(function: Any, take: Take, names: tuple[str, ...]) -> Any:
-    def offer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        return take(args, {**dict(zip(names, args, strict=False)), **kwargs})
+    def offer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        take(args, {**dict(zip(names, args, strict=False)), **kwargs})
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            key = offer(args, kwargs) if SWITCH.armed and running() is not None else None
-            if key is not None and len(args) > 1:
-                args = (args[0], key, *args[2:])
-            elif key is not None:
-                kwargs = {**kwargs, "key": key}
+            if SWITCH.armed and running() is not None:
+                offer(args, kwargs)
             return function(*args, **kwargs)
         module = running() if SWITCH.armed else None
         if module is not None:

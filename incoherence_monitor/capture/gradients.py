@@ -2,8 +2,10 @@
 
 In eager code a hook on the very tensor that the attention call uses sees its gradient in the backward; it returns
 nothing, so the gradient goes on as it was. No gradient flows to a view that the capture makes for itself, so a way of
-capture names the tensor that its keys were laid out from. In compiled code keys pass through an identity whose
-backward shows the gradient to an operator. Whoever asks is answered once and never after the step.
+capture names the tensor that its keys were laid out from. Whoever asks is answered once and never after the step.
+
+Not in compiled code: whatever takes the gradient there becomes part of the graph, and the compiler then generates
+other code around it, whose sums differ in their last digit (docs/shift_residual.md).
 
 Layer 3: imports torch alone.
 """
@@ -88,13 +90,11 @@ class Listening:
         self._failed = failed
         self._listeners: list[Listener] = []
 
-    def begin(self, taker: Taker, *, source: KeySource | None, repeats: int) -> Listener:
-        """Wait for the gradient of one call's keys; without a source, for whoever calls the listener."""
+    def begin(self, source: KeySource, repeats: int, taker: Taker) -> None:
+        """Wait for the gradient of one call's keys, each head of which had been repeated so often."""
         listener = Listener(taker, repeats, self._failed)
         self._listeners.append(listener)
-        if source is not None:
-            listener.hook(source)
-        return listener
+        listener.hook(source)
 
     def end(self) -> None:
         """Wait no longer: the step has ended."""

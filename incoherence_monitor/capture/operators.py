@@ -1,4 +1,4 @@
-"""The opaque operators by which queries, keys, values and gradients of keys leave compiled code.
+"""The opaque operators by which queries, keys and values leave compiled code.
 
 A compiled graph cannot hold the one who waits for a call, so that one is numbered: a small host tensor, the slot,
 holds [its number, calls so far], and the operator looks it up when it runs.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import AttentionInput
-from .gradients import KeySource, Listener, Listening, Taker, not_invariant, precision_of
+from .gradients import KeySource, Listening, not_invariant, precision_of
 from .masks import TELLING, TokensCache, worth_knowing
 
 CACHE = TokensCache()
@@ -26,7 +26,7 @@ _NUMBERS = itertools.count()
 
 
 def numbered_slot(holder: Any) -> Tensor:
-    """A slot; from compiled code `holder.hand_on(call)`, `hear(grad)` or `receive(name, call)` is then called."""
+    """A slot; from compiled code `holder.hand_on(call)` or `holder.receive(name, call)` is then called."""
     number = next(_NUMBERS)
     _BY_NUMBER[number] = holder
     return torch.tensor([number, 0], device="cpu")
@@ -57,14 +57,13 @@ class Call:
         """Hold detached tensors, which share the model's memory; no values where they are not those of the keys.
 
         Besides what `AttentionInput` has, `cast` is what `gradients.autocast_to` told, and `source` the keys with
-        their graph; None in compiled code, where whoever asks for their gradient is found in `listeners`.
+        their graph; None in compiled code, where their gradient is out of reach.
         """
         self.query, self.key, self.scale = query.detach(), key.detach(), scale
         belongs = value is not None and value.dim() == 4 and value.shape[:3] == key.shape[:3]
         self.value = value.detach() if belongs and value is not None else None
         self.valid, self.starts, self.way = valid, worth_knowing(valid, starts), way
         self.cast, self.bent, self.source = cast, bent, source
-        self.listeners: list[Listener] = []
 
     def counted(
         self, layer: str, micro: int, module: nn.Module | None, listening: Listening, *, repeats: int = 1
@@ -73,14 +72,12 @@ class Call:
         key, value = self.key, self.value
         if repeats > 1:
             key, value = key[:, ::repeats], None if value is None else value[:, ::repeats]
+        gradient = None if self.source is None else functools.partial(listening.begin, self.source, repeats)
         return AttentionInput(
             layer, self.query, key, self.scale, self.valid, micro, starts=self.starts, value=value,
             precision=precision_of(module, self.key, self.cast), bent=self.bent or not_invariant(module, {}),
-            gradient=functools.partial(self._ask, listening, repeats),
+            gradient=gradient,
         )  # fmt: skip
-
-    def _ask(self, listening: Listening, repeats: int, taker: Taker) -> None:
-        self.listeners.append(listening.begin(taker, source=self.source, repeats=repeats))
 
 
 @torch.library.custom_op("incoherence_monitor::tap", mutates_args=("slot",))
@@ -114,34 +111,6 @@ def _tap(
     place.hand_on(call)
 
 
-@torch.library.custom_op("incoherence_monitor::shift", mutates_args=("slot",))
-def _shift(grad: Tensor, slot: Tensor) -> None:
-    """Show the gradient of keys to the place that the slot names."""
-    place = _holder(slot)
-    if place is not None:
-        place.hear(grad)
-
-
-class _Shown(torch.autograd.Function):
-    """Keys as they are, and in the backward their gradient as it is, after it was shown."""
-
-    @staticmethod
-    def forward(ctx: Any, key: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(slot)
-        return key.view_as(key)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (slot,) = ctx.saved_tensors
-        torch.ops.incoherence_monitor.shift(grad, slot)
-        return grad, None
-
-
-def shown(key: Tensor, slot: Tensor) -> Tensor:
-    """The keys to go on with in compiled code, so that the place hears their gradient."""
-    return _Shown.apply(key, slot) if key.requires_grad else key  # type: ignore[no-untyped-call]
-
-
 @torch.library.custom_op("incoherence_monitor::observed", mutates_args=("slot",))
 def _observed(
     name: str,
@@ -159,7 +128,6 @@ def _observed(
         holder.receive(name, Call(query, key, value, scale, valid, starts))
 
 
-@_shift.register_fake
 @_tap.register_fake
 @_observed.register_fake
 def _nothing(*args: Any) -> None:

@@ -206,7 +206,7 @@ class _Follower(TorchFunctionMode):
 
 def take_sdpa(
     module: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any], *, shape: tuple[int, ...] = ()
-) -> Tensor | None:
+) -> None:
     """Take what `scaled_dot_product_attention(query, key, value, attn_mask, ..., scale=)` is given.
 
     Args:
@@ -214,9 +214,6 @@ def take_sdpa(
         args: positional arguments.
         given: arguments by name.
         shape: of the module's first input, () if unknown.
-
-    Returns:
-        The keys to go on with, None if they are those given.
     """
     query, key, value = (
         given.get(name, args[at] if len(args) > at else None) for at, name in enumerate(("query", "key", "value"))
@@ -232,11 +229,10 @@ def take_sdpa(
         mask = mask if mask is None or mask.dim() == 2 else mask[:, None]
     if query.dim() != 4 or key.dim() != 4:
         skip(module, _ONE_DIMENSION)
-        return None
+        return
     if mask is not None:
         mask = mask.reshape(*[1] * (4 - mask.dim()), *mask.shape)
-    shown = tap(module, query, key, value=value, scale=given.get("scale"), mask=mask, way=SDPA_WAY, source=source)
-    return shown if source is None else None
+    tap(module, query, key, value=value, scale=given.get("scale"), mask=mask, way=SDPA_WAY, source=source)
 
 
 def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -15,7 +15,6 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import MissingDependencyError
 from .taps import SLOT, SWITCH, failed, tap
@@ -49,12 +48,7 @@ def _tapped(function: Any, *args: Any, **kwargs: Any) -> Any:
     module: Any = args[0] if args else kwargs.get("module")
     if getattr(module, SLOT, None) is not None:
         if torch.compiler.is_compiling():
-            key = _take(function, module, args, kwargs)
-            at = _NAMES.index("key")
-            if key is not None and len(args) > at:
-                args = (*args[:at], key, *args[at + 1 :])
-            elif key is not None:
-                kwargs = {**kwargs, "key": key}
+            _take(function, module, args, kwargs)
         else:
             try:
                 _take(function, module, args, kwargs)
@@ -63,17 +57,13 @@ def _tapped(function: Any, *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def _take(function: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Take a call; returns the keys to go on with, None if they are those given."""
+def _take(function: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     # As transformers calls it: module, query, key, value, attention_mask, and the rest by name.
     given = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
     if len(args) > len(_NAMES):
         given = {**inspect.signature(function).bind(*args, **kwargs).arguments, **kwargs}
     query, key, value = given["query"], given["key"], given.get("value")
-    compressed = getattr(module, "compressor", None) is not None
-    if compressed:
+    if getattr(module, "compressor", None) is not None:
         # Compressed entries follow the tokens' own keys (DeepSeek V4).
         key, value = (each if each is None else each[:, :, : query.shape[2]] for each in (key, value))
-    mask, scale = given.get("attention_mask"), given.get("scaling")
-    shown = tap(module, query, key, value=value, scale=scale, mask=mask, kwargs=kwargs)
-    return None if compressed else shown
+    tap(module, query, key, value=value, scale=given.get("scaling"), mask=given.get("attention_mask"), kwargs=kwargs)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from .algebra import repeats
 from .base import CallCounter, Receiver
 from .discovery import Found
-from .gradients import KeySource, Listener, Listening, autocast_to, not_invariant
+from .gradients import KeySource, Listening, autocast_to, not_invariant
 from .masks import TELLING, tokens
-from .operators import CACHE, Call, numbered_slot, shown
+from .operators import CACHE, Call, numbered_slot
 
 SLOT = "_incoherence_slot"
 ROUTED = "transformers' attention interface"
@@ -47,19 +47,11 @@ class Place:
         """Take the next number."""
         self.slot = numbered_slot(self)
         self.armed: list[Tap] = []
-        self.awaiting: list[list[Listener]] = []
 
     def hand_on(self, call: Call) -> None:
         """Give a call to all who watch."""
         for tap in self.armed:
             tap.receive(call)
-        if call.source is None and call.listeners:
-            self.awaiting.append(call.listeners)
-
-    def hear(self, grad: Tensor) -> None:
-        """Take the gradient of a compiled call's keys. Which call's is not told; backwards mostly run in reverse."""
-        for listener in self.awaiting.pop() if self.awaiting else ():
-            listener.hear(grad, lambda heads: heads)
 
     def failed(self, error: BaseException) -> None:
         """Count a failure to take a call."""
@@ -107,7 +99,6 @@ class Tap:
         if self in self.place.armed:
             self.place.armed.remove(self)
         if not self.place.armed:
-            self.place.awaiting.clear()
             self.module.__dict__.pop(SLOT, None)
 
     def receive(self, call: Call) -> None:
@@ -189,7 +180,7 @@ def tap(
     way: str = "",
     source: KeySource | None = None,
     bent: str = "",
-) -> Tensor:
+) -> None:
     """Take what an attention call received. Never raises outside of compiled code; there, only while it is traced.
 
     Args:
@@ -204,14 +195,9 @@ def tap(
         way: how the call was found.
         source: what the keys were laid out from, where they are not themselves what the call uses.
         bent: as `AttentionInput.bent`, where the way of capture knows.
-
-    Returns:
-        The keys to go on with: in compiled code, where the caller hands these to the call, their gradient is seen.
     """
     bent = bent or not_invariant(module, kwargs or {})
     cast = autocast_to(query.device.type)
-    # A gradient of what serves as keys and values both is not that of the keys.
-    alone = value is not key
     if torch.compiler.is_compiling():
         if query.dim() == key.dim() == 4 and why_not(module, query, key) is None:
             given = kwargs or {}
@@ -229,27 +215,26 @@ def tap(
             selects = "indices" in given
             handed = [None if each is None else each.detach() for each in (query, key, value)]
             torch.ops.incoherence_monitor.tap(*handed, *told, valid, starts, slot, factor, selects, cast, bent)
-            return shown(key, slot) if alone else key
-        return key
+        return
     place = place_of(module)
     if place is None:
-        return key
+        return
     try:
         reason = why_not(module, query, key)
         if reason is not None:
             skip(module, reason)
-            return key
+            return
         batch, _, length, dim = query.shape
         if seen is None:
             seen = CACHE(mask, kwargs or {}, batch=batch, length=length, device=query.device)
         factor = dim**-0.5 if scale is None else float(scale)
-        source = source or KeySource(key if alone else key.detach())
+        # A gradient of what serves as keys and values both is not that of the keys.
+        source = source or KeySource(key.detach() if value is key else key)
         call = Call(query, key, value, factor, *seen, way, cast=cast, bent=bent, source=source)
     except Exception as error:  # Whatever goes wrong, training goes on.
         failed(module, error)
-        return key
+        return
     place.hand_on(call)
-    return key
 
 
 def skip(module: nn.Module, reason: str) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 FLOOR = 1e-12
 """Smallest residual told apart from an exact zero, whose logarithm would not be finite."""
+LEAST = 1e-18
+"""Mean norm of a key's gradient below which it trains nothing and may be rounding alone, which sums to anything."""
 
 
 def shift_residual(grad: Tensor) -> Tensor:
@@ -27,8 +29,8 @@ def shift_residual(grad: Tensor) -> Tensor:
         grad: [B, Hk, L, d], gradient of the keys that attention received, any float dtype and strides.
 
     Returns:
-        [B, Hk] in [`FLOOR`, 1], float64 (float32 on a device without it); NaN where every gradient is zero or one is
-        not finite.
+        [B, Hk] in [`FLOOR`, 1], float64 (float32 on a device without it); NaN where the gradients are below
+        `LEAST` or one is not finite.
     """
     # A half-precision sum over a long sequence would add the very noise that is to be measured.
     wide = torch.float32 if grad.device.type == "mps" else torch.float64
@@ -36,7 +38,7 @@ def shift_residual(grad: Tensor) -> Tensor:
     total = torch.linalg.vector_norm(grad.sum(dim=2, dtype=wide), dim=-1)
     parts = torch.linalg.vector_norm(grad, dim=-1, dtype=wide).sum(dim=-1)
     residual = (total / parts).clamp(min=FLOOR)
-    return torch.where(torch.isfinite(parts) & (parts > 0), residual, torch.nan)
+    return torch.where(torch.isfinite(parts) & (parts > LEAST * grad.shape[2]), residual, torch.nan)
 
 
 def shift_vector(grad: Tensor) -> Tensor:
