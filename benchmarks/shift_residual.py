@@ -110,7 +110,7 @@ def errors(device: str, samples: int) -> list[dict[str, Any]]:
                     vectors.append(torch.stack([shift_vector(grad).mean(dim=0) for grad in grads]).flatten(0, 1))
                 stacked = torch.stack(vectors)
                 row: dict[str, Any] = {
-                    "precision": dtype, "error": "off * |delta|" if one_sided else "off * delta", "off": off,
+                    "precision": dtype, "error": "one-sided" if one_sided else "proportional", "off": off,
                 }  # fmt: skip
                 for number in MEANS:
                     if number <= samples:
