@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .records import IntArray, LayerInfo, Layout
+from .records import SHIFT_BOUNDS, IntArray, LayerInfo, Layout
 from .stats import STATISTIC_NAMES, statistic
 from .sums import SampleSums, layer_parts
 from .windows import Place
@@ -167,7 +167,7 @@ def whole_layer(
     total = heads if whole else min(queries, heads * size) if queries else heads * size
     # Declared key heads are tried first, since key heads fewer than ranks are held by several; then as many key heads
     # for a query head as the ranks see (latent attention gives every query head a key of its own).
-    shared = replace(local, window=window, query_heads=total)
+    shared = replace(local, window=window, query_heads=total, **_as_coarse_as_any(seen.values()))
     for key_heads in (keys, total * local.key_heads // local.query_heads):
         if not key_heads or total % key_heads:
             continue
@@ -175,6 +175,12 @@ def whole_layer(
         if all(first_heads(candidate, seen[at], coordinate=at[0], size=size) is not None for at in seen):
             return candidate
     return f"ranks hold {sorted({(layer.query_heads, layer.key_heads) for layer in seen.values()})} query and key heads"
+
+
+def _as_coarse_as_any(layers: Iterable[LayerInfo]) -> dict[str, Any]:
+    """Of a layer that runs in several precisions the one that allows most, and no identity that one lacks."""
+    coarse = max(layers, key=lambda layer: SHIFT_BOUNDS.get(layer.precision, float("inf")))
+    return {"precision": coarse.precision, "shift_invariant": all(layer.shift_invariant for layer in layers)}
 
 
 def join(
@@ -209,7 +215,9 @@ def join(
                 layer.head_dim,
             ):
                 refused[layer.name] = "ranks hold it with different heads"
-            seen[layer.name][coordinate, size] = replace(known, window=min(known.window, layer.window))
+            seen[layer.name][coordinate, size] = replace(
+                known, window=min(known.window, layer.window), **_as_coarse_as_any((known, layer))
+            )
     shared = []
     for name, by_part in seen.items():
         layer_or_why = whole_layer(by_part, declared.get(name), world=world, split=name not in whole)

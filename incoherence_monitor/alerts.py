@@ -144,6 +144,9 @@ class AlertBook:
             message = messages.non_finite_message(place, kind, since, others=found.others)
         elif found.rule == "runaway":
             message = messages.runaway_message(place, found.value, found.baseline, since)
+        elif found.rule == "shift":
+            precision = (layer or self.layout.layers[0]).precision
+            message = messages.shift_message(place, precision, found.value, found.baseline, since)
         else:
             message = messages.drift_message(
                 place, kind, found.statistic,

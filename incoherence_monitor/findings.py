@@ -25,8 +25,10 @@ _NON_FINITE_SHOWN_AS: dict[HeadKind, str] = {"key": "key_norm", "query": "energy
 Place = tuple[AlertKind, int, int]
 """Kind, position of the layer in the layout (-1 for the model), head (-1 for a layer or the model)."""
 MODEL: Place = ("model", -1, -1)
-_RULES = ("drift", "runaway", "non_finite")
+_RULES = ("drift", "runaway", "shift", "non_finite")
 """From the mildest to the worst."""
+_BEYOND_BOUND = {"energy_scale": "runaway", "shift_residual": "shift"}
+"""Statistics that have absolute bounds, with the rule that each one's bound is."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Finding:
 
     Attributes:
         place: where.
-        rule: "drift", "runaway" or "non_finite".
+        rule: "drift", "runaway", "shift" or "non_finite".
         statistic: the statistic that moved furthest.
         value: its value.
         baseline: the value expected, or the bound passed.
@@ -68,7 +70,7 @@ def find(
     *,
     step: int,
     non_finite: BoolArray,
-    runaway_bound: FloatArray,
+    bounds: FloatArray,
 ) -> list[Finding]:
     """Collect what this sample's flags say, at most one finding a head.
 
@@ -78,7 +80,7 @@ def find(
         verdict: the detector's.
         step: training step of the sample.
         non_finite: [S] whether a stream's head received a NaN or infinite query, key or value.
-        runaway_bound: [S] absolute bound of `energy_scale`; NaN elsewhere.
+        bounds: [S] absolute bounds of `energy_scale` and `shift_residual`; NaN where there is none.
 
     Returns:
         Findings, worst first within each head.
@@ -98,8 +100,9 @@ def find(
 
     for at in map(int, np.flatnonzero(verdict.alarm)):
         add(at, "drift", float(verdict.expected[at]), float(verdict.deviation[at]), int(verdict.since[at]))
-    for at in map(int, np.flatnonzero(values > runaway_bound)):
-        add(at, "runaway", float(runaway_bound[at]), float(verdict.deviation[at]), step)
+    for at in map(int, np.flatnonzero(values > bounds)):
+        rule = _BEYOND_BOUND[layout.rows[names[at]].name]
+        add(at, rule, float(bounds[at]), float(verdict.deviation[at]), step)
     for at in map(int, np.flatnonzero(non_finite)):
         row = layout.rows[names[at]]
         if row.name == _NON_FINITE_SHOWN_AS[row.kind]:
@@ -132,10 +135,11 @@ def group(layout: Layout, findings: Iterable[Finding]) -> list[Finding]:
     """
     findings = list(findings)
     total = sum(layer.key_heads + layer.query_heads for layer in layout.layers)
+    key_heads = sum(layer.key_heads for layer in layout.layers)
     result = [found for found in findings if found.place == MODEL]
     for rule in _RULES:
         same = [found for found in findings if found.rule == rule and found.place != MODEL]
-        most = len(same) > LAYER_LEAST and len(same) >= MODEL_SHARE * total
+        most = len(same) > LAYER_LEAST and len(same) >= MODEL_SHARE * (key_heads if rule == "shift" else total)
         if rule == "non_finite" and same:
             earliest = min(found.place[1] for found in same)
             source = [found for found in same if found.place[1] == earliest]

@@ -73,6 +73,9 @@ class Judge:
             self._bound = rearrange(self._bound, positions, missing=np.nan)
             self._detector.grow(layout)
             self.book.grow(layout)
+        if layout != self.layout:
+            bounds = [layer.shift_bound for layer in layout.layers for _ in range(layer.key_heads)]
+            self._bound[layout.slices["shift_residual"]] = bounds
         self.layout = layout
 
     def judge(self, sums: SampleSums, *, step: int) -> JudgedSample:
@@ -98,7 +101,7 @@ class Judge:
         bound = np.maximum(RUNAWAY_LOGITS, RUNAWAY_OVER_FIRST * values[scale])
         own = values[scale] <= RUNAWAY_OVER_FIRST * RUNAWAY_LOGITS
         self._bound[scale] = np.where(first, np.where(own, bound, RUNAWAY_LOGITS), self._bound[scale])
-        findings = find(sums.layout, values, verdict, step=step, non_finite=non_finite, runaway_bound=self._bound)
+        findings = find(sums.layout, values, verdict, step=step, non_finite=non_finite, bounds=self._bound)
         alerts = self.book.process(findings, verdict, step=step, observed=np.isfinite(values))
         return JudgedSample(step, sums.layout, values.astype(np.float32), verdict, alerts)
 

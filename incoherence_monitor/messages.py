@@ -63,3 +63,14 @@ def runaway_message(place: str, value: float, bound: float, since_step: int) -> 
         f"{since_step}, above the bound of {_number(bound)}: attention is all but one-hot and entropy collapses. "
         "Usually the learning rate is too high or there is no warm-up; lower it or add QK-norm before the loss follows."
     )
+
+
+def shift_message(place: str, precision: str, value: float, bound: float, since_step: int) -> str:
+    """The gradient of the keys does not sum to zero."""
+    underflow = " or scale the loss, since float16 gradients underflow" if precision == "float16" else ""
+    return (
+        f"{place}: the gradient of the keys does not sum to zero at step {since_step}: shift residual "
+        f"{_number(value)}, where {precision} leaves at most {_number(bound)}. The attention backward is numerically "
+        "wrong, whatever the data (as in arXiv 2510.04212), unless attention here is no plain softmax: compare with "
+        f"another attn_implementation, such as eager, or run attention in float32{underflow}."
+    )

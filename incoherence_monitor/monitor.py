@@ -110,14 +110,9 @@ class IncoherenceMonitor:
             keep_in_memory=SAMPLES_IN_MEMORY,
         )
         self._pipeline = Pipeline(
-            self._sampler,
-            Judge(self.config),
-            self._dashboard,
-            self._reporter,
-            rank=rank,
-            world_size=self._world_size,
-            on_alert=on_alert,
-        )
+            self._sampler, Judge(self.config), self._dashboard, self._reporter,
+            rank=rank, world_size=self._world_size, on_alert=on_alert,
+        )  # fmt: skip
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -163,6 +158,7 @@ class IncoherenceMonitor:
     def _exit(self) -> None:
         if self._armed:
             self._armed = False
+            self._observed.end()
             if self._capture is not None:
                 self._reporter.guard("disarming", self._capture.disarm)
 
@@ -210,7 +206,7 @@ class IncoherenceMonitor:
         self._observed.show(name, query, key, **given)
 
     def _receive(self, given: AttentionInput) -> None:
-        describe = functools.partial(describe_layer, capture=self._capture, sampler=self._sampler)
+        describe = functools.partial(describe_layer, capture=self._capture, sampler=self._sampler, told=self._reporter)
         self._pipeline.clock.measure(lambda: self._pipeline.receive(given, describe))
 
     def _seal(self) -> None:

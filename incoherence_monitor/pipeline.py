@@ -13,11 +13,13 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from . import distributed
 from .agreement import Holding
 from .capture import AttentionInput
+from .capture.gradients import Ask
 from .dashboard import Dashboard, sample_metrics
 from .errors import ModelError
 from .judge import Judge, JudgedSample
@@ -153,8 +155,14 @@ class Pipeline:
             describe: describes a layer that is seen for the first time.
         """
         admitted = given if self._world_size == 1 else self._shared.admit(given)
-        if admitted is not None:
-            self._sampler.receive(admitted, describe)
+        if admitted is None:
+            return
+        ask = admitted.gradient
+        if ask is not None:
+            # What the backward takes of the monitor's time is the monitor's too.
+            timed: Ask = lambda taker: ask(lambda grad: self.clock.measure(lambda: taker(grad)))  # noqa: E731
+            admitted = replace(admitted, gradient=timed)
+        self._sampler.receive(admitted, describe)
 
     @property
     def in_flight(self) -> bool:
@@ -192,6 +200,9 @@ class Pipeline:
             return
         if sums.too_short:
             self._sampler.skipped["windows for which no sequence was long enough"] += sums.too_short
+        without = int((sums.count[sums.layout.slices["shift_residual"]] == 0).sum())
+        if without:
+            self._sampler.skipped["heads without a gradient of their keys"] += without
         self._sampler.note(sums)
         self._tell_if_nothing_fits(sums)
         self.latest = self.judge.judge(sums, step=step)
@@ -200,7 +211,7 @@ class Pipeline:
             self._publish(self.latest)
 
     def _tell_if_nothing_fits(self, sums: SampleSums) -> None:
-        if self.samples == 1 and sums.layout.size and not sums.count.any() and not sums.non_finite.any():
+        if self.samples == 1 and sums.layout.size and not sums.windows.any() and not sums.non_finite.any():
             window = max(layer.window for layer in sums.layout.layers)
             self._reporter.notice(
                 "all too short",

@@ -24,6 +24,10 @@ BoolArray = NDArray[np.bool_]
 AlertKind = Literal["key", "query", "layer", "model"]
 Severity = Literal["warning", "critical"]
 
+SHIFT_BOUNDS = {"float64": 1e-5, "float32": 1e-5, "tf32": 2.5e-3, "float16": 2.5e-3, "bfloat16": 2e-2}
+"""Largest shift residual of a sound attention backward by the precision it runs in: at least ten times the largest that
+was measured (docs/shift_residual.md). float64 has float32's, since many models take their softmax in float32."""
+
 
 @dataclass(frozen=True)
 class LayerInfo:
@@ -37,6 +41,8 @@ class LayerInfo:
         head_dim: width of a query and a key.
         window: tokens in a window of this layer, 0 while not known.
         cohort: kind of layer; heads are compared with heads of the same cohort only (sliding against global, say).
+        precision: in which its attention runs, as `SHIFT_BOUNDS` names it; empty while not known.
+        shift_invariant: whether a constant added to a row of its logits changes nothing, as is so for softmax alone.
     """
 
     name: str
@@ -46,6 +52,13 @@ class LayerInfo:
     head_dim: int
     window: int = 0
     cohort: str = "global"
+    precision: str = ""
+    shift_invariant: bool = True
+
+    @property
+    def shift_bound(self) -> float:
+        """Absolute bound of the shift residual, NaN where none holds."""
+        return SHIFT_BOUNDS.get(self.precision, float("nan")) if self.shift_invariant else float("nan")
 
     def heads(self, kind: HeadKind) -> int:
         """Number of heads of a kind."""

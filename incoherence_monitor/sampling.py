@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .capture import AttentionInput
 from .config import MonitorConfig, check_count
-from .ops import check_shapes, smooth_statistics
+from .ops import check_shapes, shift_residual, smooth_statistics
 from .records import LayerInfo, Layout
 from .shares import Shares
 from .stats import statistic
@@ -34,11 +35,18 @@ class LayerWindows:
         info: the layer.
         parts: flat float32 tensors, as `sums.flatten` makes them.
         held: N of each part, and the names of its statistics.
+        residuals: [sequences, Hk] shift residuals, which come with the backward.
     """
 
     info: LayerInfo
     parts: list[Tensor] = field(default_factory=list)
     held: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
+    residuals: list[Tensor] = field(default_factory=list)
+
+    def take_gradient(self, sequences: int, grad: Tensor) -> None:
+        """Take the gradient of one call's keys, [B, Hk, L, d], of so many sequences at most."""
+        if grad.shape[1] == self.info.key_heads:
+            self.residuals.append(shift_residual(grad[:sequences]).float())
 
 
 class WindowSampler:
@@ -101,6 +109,9 @@ class WindowSampler:
             if sum(part) == 0:
                 return
             held = self._open.setdefault(given.layer, LayerWindows(layer))
+            if given.gradient is not None:
+                # Whole sequences, since the identity holds for no part of one; as many as there are windows.
+                given.gradient(partial(held.take_gradient, sum(part)))
             chosen = select_windows(
                 batch=batch,
                 length=length,
@@ -134,6 +145,9 @@ class WindowSampler:
             if given.layer in self.whole:
                 known = replace(known, window=self.whole[given.layer].window)
             self.layers[given.layer] = known
+        if known.precision != given.precision:
+            # As where a run goes on in another precision.
+            self.layers[given.layer] = known = replace(known, precision=given.precision)
         if known.window == 0:
             known = replace(
                 known, window=choose_window(self.config, lengths_of(given.valid, given.starts, given.query.shape[2]))
@@ -165,12 +179,13 @@ class WindowSampler:
         layout = self._layout_of_all()
         by_device: dict[torch.device, list[LayerWindows]] = {}
         for layer in held:
-            if layer.parts:
-                by_device.setdefault(layer.parts[0].device, []).append(layer)
+            for one in (*layer.parts, *layer.residuals)[:1]:
+                by_device.setdefault(one.device, []).append(layer)
         copied = []
         for layers in by_device.values():
-            flat = torch.cat([part for layer in layers for part in layer.parts]).cpu()
-            copied.append((flat, [(layer.info, layer.held) for layer in layers]))
+            parts = [part.flatten() for layer in layers for part in (*layer.parts, *layer.residuals)]
+            told = [(layer.info, layer.held, [len(each) for each in layer.residuals]) for layer in layers]
+            copied.append((torch.cat(parts).cpu(), told))
         return lambda: summarise(layout, copied)
 
     def _layout_of_all(self) -> Layout:
@@ -215,7 +230,7 @@ class WindowSampler:
         """Remember layers that have yielded no window in any sample so far, and a window may never fit."""
         for at, layer in enumerate(sums.layout.layers):
             streams = sums.layout.stream_layer == at
-            if sums.count[streams].any() or sums.non_finite[streams].any():
+            if sums.windows[streams].any() or sums.non_finite[streams].any():
                 self.barren.pop(layer.name, None)
                 self._fruitful.add(layer.name)
             elif layer.name not in self._fruitful:

@@ -31,6 +31,7 @@ class Statistic:
         on_request: recorded only where `MonitorConfig(statistics=...)` names it, as it takes all pairs of tokens.
         high: what an unusually high value usually means.
         low: what an unusually low value usually means.
+        gradient: is taken from the gradient of a whole sequence's keys, not from windows of queries and keys.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Statistic:
     high: str
     low: str
     on_request: bool = False
+    gradient: bool = False
 
 
 STATISTICS: tuple[Statistic, ...] = (
@@ -154,6 +156,18 @@ STATISTICS: tuple[Statistic, ...] = (
         alerts=True,
         high="the queries use more dimensions: noise enters the query projection",
         low="the query projection is losing rank",
+    ),
+    Statistic(
+        "shift_residual",
+        "shift residual",
+        "key",
+        "ratio",
+        spectral=False,
+        alerts=True,
+        high="the attention backward has lost precision: its kernel, the precision it runs in, or gradients that "
+        "underflow; where attention is not shift-invariant by design, the logits or sinks have grown",
+        low="the attention backward has become more exact: another kernel or precision",
+        gradient=True,
     ),
     Statistic(
         "logit_max",

@@ -37,6 +37,15 @@ class SampleSums:
     non_finite: FloatArray
     too_short: int
 
+    @property
+    def windows(self) -> FloatArray:
+        """[S] as `count`, and zero for what is not taken from windows."""
+        result: FloatArray = self.count.copy()
+        for row in self.layout.rows:
+            if row.gradient:
+                result[self.layout.slices[row.name]] = 0
+        return result
+
 
 Held = list[tuple[int, tuple[str, ...]]]
 """Number of windows in each part of a layer's sample, and the names of its statistics."""
@@ -60,28 +69,41 @@ def flatten(keep: Tensor | None, smooth: Mapping[str, Tensor], core: Tensor) -> 
     return torch.cat([kept, *parts, core[..., rows, columns].flatten()]), names
 
 
-def summarise(layout: Layout, copied: list[tuple[Tensor, list[tuple[LayerInfo, Held]]]]) -> SampleSums:
-    """The host phase: eigenvalues, logarithms, sums over windows."""
+def summarise(layout: Layout, copied: list[tuple[Tensor, list[tuple[LayerInfo, Held, list[int]]]]]) -> SampleSums:
+    """The host phase: eigenvalues, logarithms, sums over windows, or over sequences for what comes of gradients.
+
+    Args:
+        layout: the streams.
+        copied: for every device what lies on it, flat, with its layers: their parts, and the numbers of sequences of
+            their shift residuals, which come after the parts.
+    """
     total, count, non_finite = np.zeros(layout.size), np.zeros(layout.size), np.zeros(layout.size)
     too_short = 0
     places = {(int(layer), name): part for name, part, layer in layer_parts(layout)}
     at_of = {layer.name: at for at, layer in enumerate(layout.layers)}
+
+    def add(info: LayerInfo, name: str, values: FloatArray) -> None:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logs = np.log(values)
+        known = np.isfinite(logs)
+        total[places[at_of[info.name], name]] += np.where(known, logs, 0).sum(axis=0)
+        count[places[at_of[info.name], name]] += known.sum(axis=0)
+
     for flat, layers in copied:
         start = 0
-        for info, held in layers:
+        for info, held, sequences in layers:
             for number, names in held:
                 keep, values, start = _unpack(flat, start, info, number, names)
                 bad = _not_finite(values)
                 too_short += int((~keep).sum())
                 for name, per_window in values.items():
-                    place = places[at_of[info.name], name]
-                    with np.errstate(divide="ignore", invalid="ignore"):
-                        logs = np.log(per_window[keep])
-                    known = np.isfinite(logs)
-                    total[place] += np.where(known, logs, 0).sum(axis=0)
-                    count[place] += known.sum(axis=0)
+                    add(info, name, per_window[keep])
                 for row in layout.rows:
                     non_finite[places[at_of[info.name], row.name]] += bad[row.kind][keep].sum(axis=0)
+            for number in sequences:
+                stop = start + number * info.key_heads
+                add(info, "shift_residual", flat[start:stop].reshape(number, info.key_heads).double().numpy())
+                start = stop
     return SampleSums(layout, total, count, non_finite, too_short)
 
 

@@ -107,7 +107,9 @@ def holding(model: Callable[[], nn.Module | None] | None, capture: ModelCapture 
     return own, part
 
 
-def describe_layer(given: AttentionInput, capture: ModelCapture | None, sampler: WindowSampler) -> LayerInfo:
+def describe_layer(
+    given: AttentionInput, capture: ModelCapture | None, sampler: WindowSampler, told: Reporter
+) -> LayerInfo:
     """Describe a layer that is seen for the first time; observed layers come after those of the model."""
     taps = {tap.name: tap for tap in capture.taps} if capture is not None else {}
     found = capture.found if capture is not None else 0
@@ -121,7 +123,16 @@ def describe_layer(given: AttentionInput, capture: ModelCapture | None, sampler:
         index = max((layer.index for layer in sampler.layers.values() if layer.index >= found), default=found - 1) + 1
     cohort = "global" if tap is None else _cohort(tap.name, tap.module)
     _, query_heads, _, dim = given.query.shape
-    return LayerInfo(given.layer, index, query_heads, given.key.shape[1], dim, cohort=cohort)
+    if given.bent:
+        told.notice(
+            f"not shift-invariant: {given.bent}",
+            f"{given.layer} is not shift-invariant by design, and every layer like it: {given.bent}. No absolute bound "
+            "holds for its shift residual, which is judged by its own past alone.",
+        )
+    return LayerInfo(
+        given.layer, index, query_heads, given.key.shape[1], dim,
+        cohort=cohort, precision=given.precision, shift_invariant=not given.bent,
+    )  # fmt: skip
 
 
 def _cohort(name: str, module: nn.Module) -> str:

@@ -195,7 +195,7 @@ def test_find_reports_a_head_once_with_its_strongest_statistic():
     assert [alert.statistic for alert in sample.alerts] == ["key_incoherence"]
     found = find(
         LAYOUT, sample.values.astype(float), sample.verdict, step=61,
-        non_finite=np.zeros(LAYOUT.size, bool), runaway_bound=np.full(LAYOUT.size, np.nan),
+        non_finite=np.zeros(LAYOUT.size, bool), bounds=np.full(LAYOUT.size, np.nan),
     )  # fmt: skip
     assert [finding.place for finding in found] == [("key", 1, 0)]
 

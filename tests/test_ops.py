@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from incoherence_monitor import head_statistics, interaction_rank
 from incoherence_monitor.errors import SettingError
 from incoherence_monitor.ops import gram, reference
-from incoherence_monitor.stats import DEFAULT_RECORDED as STATISTIC_NAMES
-from incoherence_monitor.stats import statistic
+from incoherence_monitor.stats import DEFAULT_RECORDED, statistic
 
-KEY_STATISTICS = [name for name in STATISTIC_NAMES if statistic(name).kind == "key"]
-QUERY_STATISTICS = [name for name in STATISTIC_NAMES if statistic(name).kind == "query"]
-SMOOTH = [name for name in STATISTIC_NAMES if name not in ("energy_rank", "key_leverage")]
+OF_WINDOWS = [name for name in DEFAULT_RECORDED if not statistic(name).gradient]
+KEY_STATISTICS = [name for name in OF_WINDOWS if statistic(name).kind == "key"]
+QUERY_STATISTICS = [name for name in OF_WINDOWS if statistic(name).kind == "query"]
+SMOOTH = [name for name in OF_WINDOWS if name not in ("energy_rank", "key_leverage")]
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def assert_like_reference(query, key, *, value=None, scale=None, valid=None):
     value = values_for(key) if value is None else value
     fast = head_statistics(query, key, value=value, scale=scale, valid=valid)
     slow = reference.head_statistics(query, key, value=value, scale=scale, valid=valid, method=method)
-    assert set(fast) == set(slow) == set(STATISTIC_NAMES)
+    assert set(fast) == set(slow) == set(OF_WINDOWS)
     for name in SMOOTH:
         assert fast[name].dtype == torch.float32
         torch.testing.assert_close(fast[name].double(), slow[name], rtol=1e-4, atol=0, equal_nan=True, msg=name)
@@ -175,7 +175,7 @@ def test_non_finite_input_gives_non_finite_output_for_its_head_alone(bad):
     values = measure(query, key)
     assert not values["key_norm"][0, 1].isfinite()
     assert not values["energy_scale"][0, 1].isfinite()
-    for name in STATISTIC_NAMES:
+    for name in OF_WINDOWS:
         assert values[name][0, 0].isfinite(), name
 
 
@@ -202,7 +202,7 @@ def test_autocast_and_strides_change_nothing():
     strided_key = key.transpose(1, 2).contiguous().transpose(1, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = measure(strided_query, strided_key)
-    for name in STATISTIC_NAMES:
+    for name in OF_WINDOWS:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=0)
 
 
@@ -215,13 +215,13 @@ def test_windows_taken_in_parts_are_windows_taken_at_once():
     for at in range(7):
         one = slice(at, at + 1)
         alone = measure(query[one], key[one], value[one], valid=valid[one])
-        for name in STATISTIC_NAMES:
+        for name in OF_WINDOWS:
             torch.testing.assert_close(together[name][at : at + 1], alone[name], rtol=1e-6, atol=0)
 
 
 def test_without_eigenvalues_the_spectral_ones_are_left_out():
     query, key = heads()
-    assert set(STATISTIC_NAMES) - set(measure(query, key, eigen=False)) == {"energy_rank", "energy_stable_rank"}
+    assert set(OF_WINDOWS) - set(measure(query, key, eigen=False)) == {"energy_rank", "energy_stable_rank"}
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 8, 4), (1, 2, 9, 4), (2, 8, 4), (1, 2, 8, 0)])
@@ -270,7 +270,7 @@ def make(case, group=2):
     return heads(query_heads=group * case["key_heads"], **case)
 
 
-WELL_POSED = [name for name in STATISTIC_NAMES if name not in ("energy_rank", "key_leverage")]
+WELL_POSED = [name for name in OF_WINDOWS if name not in ("energy_rank", "key_leverage")]
 
 
 @few
@@ -308,7 +308,7 @@ def test_every_statistic_is_in_its_range(case):
         "energy_spread": 1,
         "query_participation_rank": dim,
     }
-    for name in STATISTIC_NAMES:
+    for name in OF_WINDOWS:
         low = 0 if name in ("energy_scale", "key_norm", "value_norm", "energy_spread", "key_leverage") else 1
         assert (found[name] >= low * (1 - 1e-5)).all(), name
         if name in upper:
@@ -334,7 +334,7 @@ def test_rotating_queries_and_keys_together_changes_nothing(case):
     rotation = torch.linalg.qr(torch.randn(case["dim"], case["dim"], generator=generator, dtype=torch.float64)).Q
     before = measure(query.double(), key.double())
     after = measure(query.double() @ rotation, key.double() @ rotation)
-    close(after, before, STATISTIC_NAMES)
+    close(after, before, OF_WINDOWS)
 
 
 @few
@@ -345,7 +345,7 @@ def test_scaling_the_keys_changes_energy_scale_and_key_norm_alone(case, factor):
         measure(query.double(), key.double()),
         measure(query.double(), factor * key.double()),
     )
-    close(after, before, [name for name in STATISTIC_NAMES if name not in ("energy_scale", "key_norm")])
+    close(after, before, [name for name in OF_WINDOWS if name not in ("energy_scale", "key_norm")])
     for name in ("energy_scale", "key_norm"):
         torch.testing.assert_close(after[name], factor * before[name], rtol=1e-4, atol=0)
 
@@ -358,7 +358,7 @@ def test_permuting_heads_permutes_results(case, random):
     random.shuffle(order)
     value = values_for(key)
     before, after = measure(query, key, value), measure(query[:, order], key[:, order], value[:, order])
-    close(after, {name: values[:, order] for name, values in before.items()}, STATISTIC_NAMES, rtol=1e-5)
+    close(after, {name: values[:, order] for name, values in before.items()}, OF_WINDOWS, rtol=1e-5)
 
 
 @few

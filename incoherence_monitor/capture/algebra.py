@@ -2,7 +2,7 @@
 
 Pure functions, which guess nothing: where batch and heads, or a scale, cannot be told, they say so by None.
 
-Layer 3: imports capture.masks.
+Layer 3: imports capture.gradients and masks.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .gradients import KeySource
 from .masks import allowed_on_diagonal, mostly_behind
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm"}
@@ -24,15 +25,26 @@ class Product:
     """A product of queries and keys on its way to the softmax: q [..., L, d] and k [..., L, d] as multiplied.
 
     `factors` are scales of their own for heads, [..., 1, 1], which go to the queries; `apart` is (B, H) where the
-    logits have been viewed as [B, H, L, L] on the way.
+    logits have been viewed as [B, H, L, L] on the way; `capped` where they have been through tanh or a clamp. `source`
+    is what was multiplied as keys, whose gradient it lays out as [..., L, d].
     """
 
     query: Tensor
     key: Tensor
     scale: float
+    source: KeySource
     mixed: bool = False
+    capped: bool = False
     factors: tuple[Tensor, ...] = ()
     apart: tuple[int, ...] = ()
+
+    def source_of(self, key: Tensor) -> KeySource:
+        """The source, its gradient laid out as keys [B, H, L, d] are that `heads_of` has made of it."""
+        shape, arrange = key.shape, self.source.lay
+        if key.numel() != self.source.tensor.numel():
+            # Keys that all sequences share have one gradient for all of them.
+            return KeySource(key.detach())
+        return KeySource(self.source.tensor, lambda grad: arrange(grad).reshape(shape))
 
 
 def scaled(product: Product, other: Any, sign: int) -> Product | None:
@@ -52,17 +64,21 @@ def scaled(product: Product, other: Any, sign: int) -> Product | None:
 def product_of(name: str, args: tuple[Any, ...], given: Mapping[str, Any]) -> Product | None:
     """The product that a function has made, if it is one of two batched matrices."""
     if name in _PRODUCTS and len(args) > 1 and all(isinstance(x, Tensor) and x.dim() > 2 for x in args[:2]):
-        return Product(args[0], args[1].transpose(-1, -2), 1.0)
+        return Product(args[0], args[1].transpose(-1, -2), 1.0, _columns(args[1]))
     if name in ("baddbmm", "baddbmm_"):
         left, right = (
             given.get(key, args[at] if len(args) > at else None) for at, key in ((1, "batch1"), (2, "batch2"))
         )
         if isinstance(left, Tensor) and isinstance(right, Tensor):
-            return Product(left, right.transpose(-1, -2), float(given.get("alpha", 1)))
+            return Product(left, right.transpose(-1, -2), float(given.get("alpha", 1)), _columns(right))
     if name == "einsum" and isinstance(args[0], str):
         operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
         return _einsum(args[0].replace(" ", ""), operands)
     return None
+
+
+def _columns(right: Tensor) -> KeySource:
+    return KeySource(right, lambda grad: grad.transpose(-1, -2))
 
 
 def _einsum(equation: str, operands: Any) -> Product | None:
@@ -93,7 +109,8 @@ def _einsum(equation: str, operands: Any) -> Product | None:
 
     if len(set(of_query)) != len(of_query) or set(of_query) - set(result) - {width}:
         return None
-    return Product(arrange(query, of_query, row), arrange(key, of_key, column), 1.0)
+    source = KeySource(key, lambda grad: arrange(grad, of_key, column))
+    return Product(arrange(query, of_query, row), arrange(key, of_key, column), 1.0, source)
 
 
 def values_of(name: str, args: tuple[Any, ...], weights: Tensor) -> Tensor | None:

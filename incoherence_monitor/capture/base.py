@@ -2,7 +2,7 @@
 
 Capture yields queries, keys and values and knows no formula.
 
-Layer 3: imports torch alone.
+Layer 3: imports capture.gradients.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .gradients import Ask
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class AttentionInput:
         starts: bool [B, L], True where a packed document begins; None if every sequence is one document.
         value: [B, Hk, L, dv], detached; None where the way of capture does not reach it.
         causal: whether tokens attend to none after them; a bool tensor [] where that was read from a mask.
+        precision: in which the attention runs, as `gradients.precision_of` names it.
+        bent: why its softmax would change if a constant were added to a row of logits; empty if it would not.
+        gradient: asks for the gradient of the keys, as long as the step lasts; None where there is no asking.
     """
 
     layer: str
@@ -39,6 +44,9 @@ class AttentionInput:
     starts: Tensor | None = None
     value: Tensor | None = None
     causal: bool | Tensor = True
+    precision: str = ""
+    bent: str = ""
+    gradient: Ask | None = None
 
 
 Receiver = Callable[[AttentionInput], None]

@@ -4,7 +4,7 @@ Needed where the torch function mode of `products` cannot be: in compiled code, 
 know. While a capture that needs them lives, these functions are replaced where the watched modules' code looks them
 up: in torch.nn.functional, in the packages they come from, and in the globals of the files the modules are written in.
 
-Layer 3: imports capture.current, multihead, products and taps.
+Layer 3: imports capture.current, gradients, multihead, products and taps.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import multihead, products
 from .current import pop, push, running
+from .gradients import SOFTCAP, KeySource, not_invariant
 from .masks import starts_of
 from .taps import SWITCH, failed, tap
 
@@ -42,38 +43,49 @@ def _sdpa(args: tuple[Any, ...], given: dict[str, Any]) -> None:
 def _flex(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     module = running()
     if module is not None:
-        query, key, value, _, mask, scale = _bind(
+        query, key, value, changes, mask, scale = _bind(
             args, given, ("query", "key", "value", "score_mod", "block_mask", "scale")
         )
-        tap(module, query, key, value=value, scale=scale, mask=mask, way=FLEX_WAY)
+        # Code that changes logits may add to them, or cap them.
+        bent = SOFTCAP if changes is not None else ""
+        tap(module, query, key, value=value, scale=scale, mask=mask, way=FLEX_WAY, bent=bent)
 
 
 def _flash(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     """`flash_attn_func`: q, k and v [B, L, H, d]."""
-    _take_flash(given["q"], given["k"], given.get("v"), given)
+    _take_flash(given, given["q"], given["k"], given.get("v"), KeySource(given["k"], lambda grad: grad.transpose(1, 2)))
 
 
 def _flash_packed(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     """`flash_attn_qkvpacked_func`: qkv [B, L, 3, H, d]."""
+    source = KeySource(given["qkv"], lambda grad: grad[:, :, 1].transpose(1, 2))
     query, key, value = given["qkv"].unbind(2)
-    _take_flash(query, key, value, given)
+    _take_flash(given, query, key, value, source)
 
 
 def _flash_varlen(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     """`flash_attn_varlen_func`: q, k and v [T, H, d]."""
     value = given.get("v")
     value = value if value is None else value[None]
-    _take_flash(given["q"][None], given["k"][None], value, given, ends=given["cu_seqlens_q"])
+    source = KeySource(given["k"], lambda grad: grad.transpose(0, 1)[None])
+    _take_flash(given, given["q"][None], given["k"][None], value, source, ends=given["cu_seqlens_q"])
 
 
 def _flash_varlen_packed(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     """`flash_attn_varlen_qkvpacked_func`: qkv [T, 3, H, d]."""
+    source = KeySource(given["qkv"], lambda grad: grad[:, 1].transpose(0, 1)[None])
     query, key, value = given["qkv"][None].unbind(2)
-    _take_flash(query, key, value, given, ends=given["cu_seqlens"])
+    _take_flash(given, query, key, value, source, ends=given["cu_seqlens"])
 
 
 def _take_flash(
-    query: Tensor, key: Tensor, value: Tensor | None, given: dict[str, Any], *, ends: Tensor | None = None
+    given: dict[str, Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    source: KeySource,
+    *,
+    ends: Tensor | None = None,
 ) -> None:
     module = running()
     if module is None:
@@ -81,8 +93,9 @@ def _take_flash(
     query, key = query.transpose(1, 2), key.transpose(1, 2)
     value = None if value is None else value.transpose(1, 2)
     seen = (None, None if ends is None else starts_of(ends, query.shape[2]))
-    scale, causal = given.get("softmax_scale"), bool(given.get("causal", False))
-    tap(module, query, key, value=value, scale=scale, seen=seen, causal=causal, way=FLASH_WAY)
+    scale, causal, bent = given.get("softmax_scale"), bool(given.get("causal", False)), not_invariant(module, given)
+    told: dict[str, Any] = {"causal": causal, "source": source, "bent": bent}
+    tap(module, query, key, value=value, scale=scale, seen=seen, way=FLASH_WAY, **told)
 
 
 def _multihead(args: tuple[Any, ...], given: dict[str, Any]) -> None:

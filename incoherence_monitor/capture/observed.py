@@ -1,6 +1,6 @@
 """What users show by `IncoherenceMonitor.observe`, in eager and in compiled code.
 
-Layer 3: imports capture.base and operators.
+Layer 3: imports capture.base, gradients and operators.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import CallCounter, Receiver
+from .gradients import KeySource, Listening, autocast_to
 from .operators import Call, numbered_slot
 
 
@@ -27,10 +28,15 @@ class Observations:
         self._receiver, self._on_error = receiver, on_error
         self._slot = numbered_slot(self)
         self._counters: dict[str, CallCounter] = {}
+        self._listening = Listening(lambda error: on_error("", error))
 
     def begin(self) -> None:
         """Count from zero: a new step."""
         self._counters = {}
+
+    def end(self) -> None:
+        """Wait for no gradient any longer: the step has ended."""
+        self._listening.end()
 
     def show(
         self,
@@ -52,7 +58,9 @@ class Observations:
             return
         try:
             factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
-            call = Call(query, key, value, factor, valid, starts, causal)
+            source = KeySource(key.detach() if value is key else key)
+            cast = autocast_to(query.device.type)
+            call = Call(query, key, value, factor, valid, starts, causal, cast=cast, source=source)
         except Exception as error:  # Whatever goes wrong, training goes on.
             self._on_error(name, error)
             return
@@ -63,6 +71,6 @@ class Observations:
         try:
             taken = self._counters.setdefault(name, CallCounter()).take()
             if taken is not None:
-                self._receiver(call.counted(name, taken[1]))
+                self._receiver(call.counted(name, taken[1], None, self._listening))
         except Exception as error:  # Whatever goes wrong, training goes on.
             self._on_error(name, error)

@@ -3,19 +3,21 @@
 A compiled graph cannot hold the one who waits for a call, so that one is numbered: a small host tensor, the slot,
 holds [its number, calls so far], and the operator looks it up when it runs.
 
-Layer 3: imports capture.base and masks.
+Layer 3: imports capture.base, gradients and masks.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import AttentionInput
+from .gradients import KeySource, Listening, not_invariant, precision_of
 from .masks import TELLING, TokensCache, causal_by, worth_knowing
 
 CACHE = TokensCache()
@@ -48,22 +50,35 @@ class Call:
         starts: Tensor | None,
         causal: bool | Tensor,
         way: str = "",
+        *,
+        cast: str = "",
+        bent: str = "",
+        source: KeySource | None = None,
     ) -> None:
-        """Hold detached tensors, which share the model's memory; no values where they are not those of the keys."""
+        """Hold detached tensors, which share the model's memory; no values where they are not those of the keys.
+
+        Besides what `AttentionInput` has, `cast` is what `gradients.autocast_to` told, and `source` the keys with
+        their graph; None in compiled code, where their gradient is out of reach.
+        """
         self.query, self.key, self.scale = query.detach(), key.detach(), scale
         belongs = value is not None and value.dim() == 4 and value.shape[:3] == key.shape[:3]
         self.value = value.detach() if belongs and value is not None else None
         self.valid, self.starts, self.way = valid, worth_knowing(valid, starts), way
-        self.causal = causal
+        self.causal, self.cast, self.bent, self.source = causal, cast, bent, source
 
-    def counted(self, layer: str, micro: int, repeats: int = 1) -> AttentionInput:
+    def counted(
+        self, layer: str, micro: int, module: nn.Module | None, listening: Listening, *, repeats: int = 1
+    ) -> AttentionInput:
         """What is handed on of it, with one key head of each `repeats` equal ones."""
         key, value = self.key, self.value
         if repeats > 1:
             key, value = key[:, ::repeats], None if value is None else value[:, ::repeats]
+        gradient = None if self.source is None else functools.partial(listening.begin, self.source, repeats)
         return AttentionInput(
-            layer, self.query, key, self.scale, self.valid, micro, starts=self.starts, value=value, causal=self.causal
-        )
+            layer, self.query, key, self.scale, self.valid, micro, starts=self.starts, value=value,
+            causal=self.causal, precision=precision_of(module, self.key, self.cast),
+            bent=self.bent or not_invariant(module, {}), gradient=gradient,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("incoherence_monitor::tap", mutates_args=("slot",))
@@ -81,6 +96,8 @@ def _tap(
     scale: float,
     selects: bool,
     causal: bool | None,
+    cast: str,
+    bent: str,
 ) -> None:
     """Hand on what a compiled attention layer received to the place that the slot names.
 
@@ -96,7 +113,7 @@ def _tap(
         said: Tensor | bool | None = causal if behind is None else behind
         if said is None:
             said = causal_by(mask, batch=len(query), length=query.shape[2], device=query.device)
-        call = Call(query, key, value, scale, valid, starts, said)
+        call = Call(query, key, value, scale, valid, starts, said, cast=cast, bent=bent)
     except Exception as error:  # Whatever goes wrong, training goes on.
         place.failed(error)
         return

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from . import current
 from .algebra import Product, heads_of, like_keys, product_of, scaled, tokens_of, values_of
 from .discovery import is_compiled
+from .gradients import SOFTCAP, KeySource
 from .taps import SWITCH, failed, place_of, skip, tap
 
 WAY = "matmul and softmax by hand, eager"
@@ -34,6 +35,7 @@ _ADDING = {"add", "__add__", "__radd__", "add_", "__iadd__", "masked_fill", "mas
 _SUBTRACTING = {"sub", "__sub__", "sub_", "__isub__"}
 _KEEPING = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "clone", "contiguous", "clamp", "clamp_",
             "nan_to_num", "tanh", "dropout"}  # fmt: skip
+_CAPPING = {"clamp", "clamp_", "tanh"}
 _RESHAPING = {"view", "reshape", "unflatten", "flatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "expand"}
 _WEIGHTS_KEEPING = _KEEPING | _RESHAPING | set(_SCALING) | {"masked_fill", "masked_fill_"}
 _MIXED = "its logits are a sum of several products (relative positions), so no one query and key make them"
@@ -143,6 +145,8 @@ class _Follower(TorchFunctionMode):
         else:
             first = args[0] is given_to if args else False
             following = product if name in _KEEPING or (name in _SUBTRACTING and first) else None
+            if following is not None and name in _CAPPING:
+                following = replace(product, capped=True)
         if following is not None:
             self.frame.remember(out, following)
         elif out is given_to:
@@ -194,8 +198,9 @@ class _Follower(TorchFunctionMode):
         seen, causal = tokens_of(masked) if query.shape[2] == key.shape[2] else ((None, None), False)
 
         def take(values: Tensor | None) -> None:
+            told: dict[str, Any] = {"bent": SOFTCAP if product.capped else "", "source": product.source_of(key)}
             scale = product.scale
-            tap(self.frame.module, query, key, value=values, scale=scale, seen=seen, causal=causal, way=WAY)
+            tap(self.frame.module, query, key, value=values, scale=scale, seen=seen, causal=causal, way=WAY, **told)
 
         self.frame.awaiting = _Awaiting(key, take, torch.is_grad_enabled())
 
@@ -219,8 +224,10 @@ def take_sdpa(
     causal = True if given.get("is_causal", args[5] if len(args) > 5 else False) else None
     assert query is not None
     assert key is not None
+    source = None
     if query.dim() == 3 and shape and shape[0] == query.shape[0]:
         # One head.
+        source = KeySource(key, lambda grad: grad[:, None])
         query, key, value = (each if each is None else each[:, None] for each in (query, key, value))
         mask = mask if mask is None or mask.dim() == 2 else mask[:, None]
     if query.dim() != 4 or key.dim() != 4:
@@ -228,7 +235,8 @@ def take_sdpa(
         return
     if mask is not None:
         mask = mask.reshape(*[1] * (4 - mask.dim()), *mask.shape)
-    tap(module, query, key, value=value, scale=given.get("scale"), mask=mask, causal=causal, way=SDPA_WAY)
+    told: dict[str, Any] = {"mask": mask, "causal": causal, "source": source}
+    tap(module, query, key, value=value, scale=given.get("scale"), way=SDPA_WAY, **told)
 
 
 def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

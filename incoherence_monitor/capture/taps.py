@@ -5,7 +5,7 @@ lies beside the module; its presence is what Dynamo guards on, which gives two c
 armed graph the tap is an opaque custom operator that reads the place's number from the slot: a graph shared by several
 layers then needs no compilation for each.
 
-Layer 3: imports capture.algebra, base, discovery, masks and operators.
+Layer 3: imports capture.algebra, base, discovery, gradients, masks and operators.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .algebra import repeats
 from .base import CallCounter, Receiver
 from .discovery import Found
+from .gradients import KeySource, Listening, autocast_to, not_invariant
 from .masks import TELLING, causal_by, tokens
 from .operators import CACHE, Call, numbered_slot
 
@@ -87,6 +88,7 @@ class Tap:
         config = getattr(module, "config", None)
         self.declared = [_declared(config, name) for name in _DECLARED]
         self.counter = CallCounter()
+        self.listening = Listening(lambda error: owner.on_error(found.name, error))
         # Not known before the first call.
         self.repeats = 0
 
@@ -99,6 +101,7 @@ class Tap:
 
     def disarm(self) -> None:
         """Receive no more."""
+        self.listening.end()
         if self in self.place.armed:
             self.place.armed.remove(self)
         if not self.place.armed:
@@ -115,7 +118,7 @@ class Tap:
             if self.repeats == 0:
                 self.repeats = repeats(call.key) if self.way != ROUTED else 1
             name = f"{self.name}/{use + 1}" if use else self.name
-            self.owner.receiver(call.counted(name, micro, self.repeats))
+            self.owner.receiver(call.counted(name, micro, self.module, self.listening, repeats=self.repeats))
         except Exception as error:  # Whatever goes wrong, training goes on.
             self.owner.on_error(self.name, error)
 
@@ -182,6 +185,8 @@ def tap(
     seen: tuple[Tensor | None, Tensor | None] | None = None,
     causal: bool | Tensor | None = None,
     way: str = "",
+    source: KeySource | None = None,
+    bent: str = "",
 ) -> None:
     """Take what an attention call received. Never raises outside of compiled code; there, only while it is traced.
 
@@ -196,7 +201,11 @@ def tap(
         seen: valid tokens and document starts, where they are known already.
         causal: whether tokens attend to none after them; None if the mask is to say.
         way: how the call was found.
+        source: what the keys were laid out from, where they are not themselves what the call uses.
+        bent: as `AttentionInput.bent`, where the way of capture knows.
     """
+    bent = bent or not_invariant(module, kwargs or {})
+    cast = autocast_to(query.device.type)
     if torch.compiler.is_compiling():
         if query.dim() == key.dim() == 4 and why_not(module, query, key) is None:
             given = kwargs or {}
@@ -215,7 +224,8 @@ def tap(
             selects = "indices" in given
             handed = [None if each is None else each.detach() for each in (query, key, value)]
             behind, said = (causal, None) if isinstance(causal, Tensor) else (None, causal)
-            torch.ops.incoherence_monitor.tap(*handed, *told, valid, starts, behind, slot, factor, selects, said)
+            held = (behind, slot, factor, selects, said, cast, bent)
+            torch.ops.incoherence_monitor.tap(*handed, *told, valid, starts, *held)
         return
     place = place_of(module)
     if place is None:
@@ -230,7 +240,10 @@ def tap(
             seen = CACHE(mask, kwargs or {}, batch=batch, length=length, device=query.device)
         if causal is None:
             causal = causal_by(mask, batch=batch, length=length, device=query.device)
-        call = Call(query, key, value, dim**-0.5 if scale is None else float(scale), *seen, causal, way)
+        factor = dim**-0.5 if scale is None else float(scale)
+        # A gradient of what serves as keys and values both is not that of the keys.
+        source = source or KeySource(key.detach() if value is key else key)
+        call = Call(query, key, value, factor, *seen, causal, way, cast=cast, bent=bent, source=source)
     except Exception as error:  # Whatever goes wrong, training goes on.
         failed(module, error)
         return

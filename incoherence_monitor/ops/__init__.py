@@ -4,5 +4,14 @@ from __future__ import annotations
 
 from .gram import head_statistics, interaction_rank, smooth_statistics, spectral_statistics
 from .shapes import check_shapes
+from .shift import shift_residual, shift_vector
 
-__all__ = ["check_shapes", "head_statistics", "interaction_rank", "smooth_statistics", "spectral_statistics"]
+__all__ = [
+    "check_shapes",
+    "head_statistics",
+    "interaction_rank",
+    "shift_residual",
+    "shift_vector",
+    "smooth_statistics",
+    "spectral_statistics",
+]

@@ -240,3 +240,18 @@ def head_statistics(
             for name in per_head[0]:
                 rows.setdefault(name, []).append([values[name] for values in per_head])
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in rows.items()}
+
+
+def shift_residual(grad: Tensor) -> float:
+    """||sum_j dL/dk_j|| / sum_j ||dL/dk_j|| of one key head over one sequence.
+
+    Args:
+        grad: [L, d], gradient of the keys.
+
+    Returns:
+        A number in [0, 1]; NaN where every gradient is zero or one is not finite.
+    """
+    rows = [row.double() for row in grad]
+    lengths = sum(float((row**2).sum().sqrt()) for row in rows)
+    total = torch.stack(rows).sum(dim=0)
+    return float((total**2).sum().sqrt()) / lengths if lengths > 0 else float("nan")
