@@ -16,7 +16,7 @@ import numpy as np
 from .alerts import AlertBook
 from .errors import HistoryError, MissingDependencyError
 from .judge import JudgedSample
-from .records import Alert, head_label, rearrange
+from .records import Alert, RecordedSample, head_label
 from .reporting import Reporter
 from .stats import STATISTICS
 from .trackers import CompositeTracker, Picture, as_tracker
@@ -102,7 +102,7 @@ class Dashboard:
         self._reporter = reporter
         self._directory = directory
         self._settings = dict(settings)
-        self._memory: deque[tuple[JudgedSample, list[Alert]]] = deque(maxlen=keep_in_memory)
+        self._memory: deque[RecordedSample] = deque(maxlen=keep_in_memory)
         self._writer: HistoryWriter | None = None
         self._since_picture = 0
         self._drawing: tuple[int, Future[Picture | None]] | None = None
@@ -126,10 +126,11 @@ class Dashboard:
             book: open episodes.
             worker: draws pictures off the training thread.
         """
-        if self._writer is None:
-            self._memory.append((judged, judged.alerts))
+        writer = self._writer
+        if writer is None:
+            self._memory.append(judged.recorded)
         else:
-            self._reporter.guard("writing the history", lambda: self._append(judged))
+            self._reporter.guard("writing the history", lambda: writer.append(judged.recorded))
         self._deliver()
         self._trackers.log(metrics, step=judged.step)
         for alert in judged.alerts:
@@ -138,10 +139,6 @@ class Dashboard:
         due = self._since_picture >= (PICTURE_LEAST if judged.alerts else PICTURE_EVERY)
         if worker is not None and (due or (judged.alerts and not self._alert_drawn)):
             self._start_drawing(judged, book, worker)
-
-    def _append(self, judged: JudgedSample) -> None:
-        assert self._writer is not None
-        self._writer.append(judged.layout, step=judged.step, values=judged.values, alerts=judged.alerts)
 
     def _wants_pictures(self) -> bool:
         return self._drawable and (self._directory is not None or bool(self._trackers.trackers))
@@ -200,14 +197,7 @@ class Dashboard:
             return History.open(self._directory)
         if not self._memory:
             raise HistoryError("No sample has been taken yet, so there is no history.")
-        layout = self._memory[-1][0].layout
-        rows = []
-        for judged, _ in self._memory:
-            positions = layout.positions_in(judged.layout)
-            rows.append(rearrange(judged.values, positions, missing=np.nan))
-        steps = np.array([judged.step for judged, _ in self._memory], dtype=np.int64)
-        alerts = [alert for _, raised in self._memory for alert in raised]
-        return History(layout, steps, np.array(rows, dtype=np.float32), alerts, self._settings)
+        return History(self._memory, self._settings)
 
     def close(self, latest: JudgedSample | None, book: AlertBook | None, alerts: list[Alert]) -> None:
         """Draw the last picture, write the summary, close history and trackers."""

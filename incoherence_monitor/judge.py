@@ -1,11 +1,14 @@
 """Judgement of one reduced sample: values, detector, absolute rules, alerts. Deterministic in steps and data.
 
+What is judged is what the history holds, in its precision, so that a recorded run gives the same alerts again.
+
 Layer 3: imports detectors, alerts, sums.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,7 @@ from .alerts import AlertBook
 from .config import MonitorConfig
 from .detectors import DriftDetector
 from .findings import find
-from .records import Alert, FloatArray, Layout, Verdict, rearrange
+from .records import Alert, FloatArray, Layout, RecordedSample, Verdict, rearrange
 from .sums import SampleSums
 
 RUNAWAY_LOGITS = 15.0
@@ -30,18 +33,32 @@ class JudgedSample:
     """A sample after judgement.
 
     Attributes:
-        step: training step.
-        layout: the streams.
-        values: [S] float32 statistics, NaN where undefined.
-        verdict: what the detector made of them.
-        alerts: those raised by this sample.
+        recorded: the sample as the history holds it, with what was made of it.
+        verdict: what the detector made of it.
     """
 
-    step: int
-    layout: Layout
-    values: NDArray[np.float32]
+    recorded: RecordedSample
     verdict: Verdict
-    alerts: list[Alert]
+
+    @property
+    def step(self) -> int:
+        """Training step."""
+        return self.recorded.step
+
+    @property
+    def layout(self) -> Layout:
+        """The streams."""
+        return self.recorded.layout
+
+    @property
+    def alerts(self) -> tuple[Alert, ...]:
+        """Those raised by this sample."""
+        return self.recorded.alerts
+
+    @cached_property
+    def values(self) -> NDArray[np.float32]:
+        """The statistics, [S] float32, NaN where undefined."""
+        return np.where(np.isinf(self.recorded.values), np.float32("nan"), self.recorded.values)
 
     def by_head(self) -> dict[str, dict[tuple[str, int], float]]:
         """The values as {statistic: {(layer name, head): value}}."""
@@ -85,22 +102,42 @@ class Judge:
         Returns:
             Values, verdict and the alerts raised.
         """
-        self._fit(sums.layout)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            values = np.exp(np.where(sums.count > 0, sums.total / sums.count, np.nan)).astype(np.float32)
+        values[sums.non_finite > 0] = np.inf
+        return self.judge_values(sums.layout, values, step=step)
+
+    def judge_values(self, layout: Layout, values: NDArray[np.float32], *, step: int) -> JudgedSample:
+        """Judge one sample as the history holds it.
+
+        Args:
+            layout: the streams.
+            values: [S] statistics; NaN where undefined, infinite where the head received NaN or infinite values.
+            step: its training step.
+
+        Returns:
+            The sample with the verdict and the alerts raised.
+        """
+        self._fit(layout)
+        non_finite = np.isinf(values)
+        known = np.where(non_finite, np.nan, values).astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
-            logs = np.where(sums.count > 0, sums.total / sums.count, np.nan)
-        non_finite = sums.non_finite > 0
-        logs[non_finite] = np.nan
-        verdict = self._detector.judge(logs, tick=self.tick, step=step)
-        self.tick += 1
-        values = np.exp(logs)
-        scale = sums.layout.slices["energy_scale"]
+            logs = np.log(known)
+        tick, self.tick = self.tick, self.tick + 1
+        verdict = self._detector.judge(logs, tick=tick, step=step)
+        self._take_bounds(known)
+        findings = find(layout, known, verdict, step=step, non_finite=non_finite, runaway_bound=self._bound)
+        alerts = self.book.process(findings, verdict, step=step, observed=np.isfinite(known))
+        return JudgedSample(RecordedSample(step, layout, values, tick, tuple(alerts)), verdict)
+
+    def _take_bounds(self, values: FloatArray) -> None:
+        """Set the bound of every head that is seen for the first time."""
+        assert self.layout is not None
+        scale = self.layout.slices["energy_scale"]
         first = np.isnan(self._bound[scale]) & np.isfinite(values[scale])
         bound = np.maximum(RUNAWAY_LOGITS, RUNAWAY_OVER_FIRST * values[scale])
         own = values[scale] <= RUNAWAY_OVER_FIRST * RUNAWAY_LOGITS
         self._bound[scale] = np.where(first, np.where(own, bound, RUNAWAY_LOGITS), self._bound[scale])
-        findings = find(sums.layout, values, verdict, step=step, non_finite=non_finite, runaway_bound=self._bound)
-        alerts = self.book.process(findings, verdict, step=step, observed=np.isfinite(values))
-        return JudgedSample(step, sums.layout, values.astype(np.float32), verdict, alerts)
 
     def forget(self) -> None:
         """Start anew, without a layout."""

@@ -18,7 +18,7 @@ LAYERS = [
     {"stats", "config", "records", "messages", "baseline", "detectors", "findings", "alerts"},
     {"windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "history", "judge", "figures"},
-    {"dashboard", "pipeline", "state", "watching", "monitor"},
+    {"dashboard", "pipeline", "state", "watching", "monitor", "replay"},
     {"integrations"},
     {"demo", "cli", ""},
 ]
