@@ -1,4 +1,4 @@
-"""The command line: `incoherence-monitor demo`, `replay`.
+"""The command line: `incoherence-monitor demo`, `replay`, `mute`, `accept`.
 
 Exit codes: 0 fine, 1 something was found that should not be, 2 wrong usage with one sentence saying what.
 
@@ -14,10 +14,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 from .errors import IncoherenceError
 
+_RUN_DIR: dict[str, Any] = {
+    "type": Path,
+    "metavar": "RUN_DIR",
+    "help": "the folder that the monitor or the Trainer writes to",
+}
 _SENSITIVITY = "samples between false warnings; several are compared. Default: as recorded"
 
 
@@ -40,9 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--wandb", action="store_true", help="also write an offline Weights & Biases run")
     demo.set_defaults(run=lambda given: _demo(given.output_dir, wandb=given.wandb))
     again = commands.add_parser("replay", help="judge a recorded run again, with other settings, without training")
-    again.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the folder that the monitor or Trainer wrote to")
+    again.add_argument("run_dir", **_RUN_DIR)
     again.add_argument("--false-alarm-every", type=float, nargs="+", metavar="N", default=[], help=_SENSITIVITY)
     again.set_defaults(run=lambda given: _replay(given.run_dir, given.false_alarm_every))
+    mute = commands.add_parser("mute", help="raise no alert about some heads of a live run for a time")
+    accept = commands.add_parser("accept", help="take the present state of some heads of a live run as their baseline")
+    for command in (mute, accept):
+        command.add_argument("run_dir", **_RUN_DIR)
+        command.add_argument("--layer", help="name, glob or index of layers; default: all")
+        command.add_argument("--head", help="number of a head, or its label such as KV02 or Q07; default: all")
+        command.add_argument("--statistic", help="name of a statistic; default: all")
+    mute.add_argument("--samples", type=int, help="for how many samples; default: until muted anew")
+    mute.set_defaults(run=lambda given: _post(given, {"command": "mute", "samples": given.samples}))
+    accept.set_defaults(run=lambda given: _post(given, {"command": "accept"}))
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
@@ -104,6 +120,22 @@ def _replay(run_dir: Path, sensitivities: Sequence[float]) -> int:
     for row in rows:
         print("  ".join(f"{cell:>{max(len(other[at]) for other in rows)}}" for at, cell in enumerate(row)))
     return int(any(result.critical for result in results))
+
+
+def _post(given: argparse.Namespace, values: dict[str, Any]) -> int:
+    from .commands import Selection, from_dict
+    from .history import find_folder, newest_layout
+    from .inbox import post
+
+    command = from_dict({**values, "layer": given.layer, "head": given.head, "statistic": given.statistic})
+    assert isinstance(command, Selection)
+    folder = find_folder(given.run_dir)
+    layout = newest_layout(folder)
+    if layout is not None:
+        command.check(layout)
+    file = post(folder.parent, command)
+    print(f"{command.name}: {command.words()}. The live run takes it up at its next sample ({file}).")
+    return 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 from .alerts import AlertBook
 from .errors import HistoryError, MissingDependencyError
 from .judge import JudgedSample
+from .messages import collect
 from .records import Alert, RecordedSample, head_label
 from .reporting import Reporter
 from .stats import STATISTICS
@@ -133,8 +134,11 @@ class Dashboard:
             self._reporter.guard("writing the history", lambda: writer.append(judged.recorded))
         self._deliver()
         self._trackers.log(metrics, step=judged.step)
-        for alert in judged.alerts:
+        for alert in collect(judged.alerts):
             self._trackers.alert(alert)
+        for event in judged.recorded.events:
+            if event.told:
+                self._trackers.note(event.message, step=event.step)
         self._since_picture += 1
         due = self._since_picture >= (PICTURE_LEAST if judged.alerts else PICTURE_EVERY)
         if worker is not None and (due or (judged.alerts and not self._alert_drawn)):

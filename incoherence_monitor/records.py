@@ -88,6 +88,16 @@ class Layout:
         """Head of every stream, [S]."""
         return self._per_stream(lambda row, at: range(self.layers[at].heads(row.kind)))
 
+    @cached_property
+    def stream_key_head(self) -> IntArray:
+        """Key head of every stream, that which a query head is paired with, [S]."""
+        return self._per_stream(
+            lambda row, at: [
+                head if row.kind == "key" else self.layers[at].key_head_of(head)
+                for head in range(self.layers[at].heads(row.kind))
+            ]
+        )
+
     def _per_stream(self, values: Any) -> IntArray:
         rows = [values(row, at) for row in STATISTICS for at in range(len(self.layers))]
         return np.array([value for row in rows for value in row], dtype=np.int64)

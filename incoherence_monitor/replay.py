@@ -3,18 +3,19 @@
 Live judgement and replay are one path, `Judge.judge_values`, over what the history holds: with the settings that a run
 was recorded with, replay raises the alerts that the run raised.
 
-Layer 4: imports config, errors, history, judge and records.
+Layer 4: imports commands, config, errors, history, judge and records.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .commands import Command, from_dict
 from .config import MonitorConfig
 from .errors import HistoryError, SettingError
 from .history import History
 from .judge import Judge
-from .records import Alert, Event
+from .records import Alert, Event, RecordedSample
 
 _NOT_JUDGED_BY = ("every", "run")
 """What a history's settings hold beside those of `MonitorConfig`."""
@@ -66,6 +67,13 @@ def recorded_config(history: History) -> MonitorConfig:
         raise HistoryError(f"The settings that the history was recorded with cannot be used: {error}") from error
 
 
+def _commands(sample: RecordedSample) -> list[Command]:
+    try:
+        return [from_dict(values) for values in sample.commands]
+    except SettingError as error:
+        raise HistoryError(f"The history holds a command at step {sample.step} that is none: {error}") from error
+
+
 def replay(history: History, config: MonitorConfig | None = None) -> Replay:
     """Judge a recorded run again.
 
@@ -81,7 +89,7 @@ def replay(history: History, config: MonitorConfig | None = None) -> Replay:
         HistoryError: if `config` is None and the recorded settings cannot be used.
     """
     config = recorded_config(history) if config is None else config
-    judge = Judge(config)
+    judge = Judge(config, run=str(history.settings.get("run", "")))
     alerts: list[Alert] = []
     events: list[Event] = []
     armed = 0.0
@@ -90,7 +98,9 @@ def replay(history: History, config: MonitorConfig | None = None) -> Replay:
             judge.forget()
         # Samples that the record has lost count in the time of baselines all the same.
         judge.tick = sample.tick
-        judged = judge.judge_values(sample.layout, sample.values, step=sample.step)
+        judged = judge.judge_values(
+            sample.layout, sample.values, step=sample.step, loss=sample.loss, commands=_commands(sample)
+        )
         alerts += judged.recorded.alerts
         events += judged.recorded.events
         armed = judged.verdict.armed_share

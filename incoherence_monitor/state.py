@@ -12,7 +12,7 @@ from .capture.model import ModelCapture
 from .config import MonitorConfig
 from .errors import StateError
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 _BASELINES_DEPEND_ON = ("window", "windows_per_sample", "statistics", "baseline_samples", "include", "exclude")
 
 Fingerprint = dict[str, list[int | None]]

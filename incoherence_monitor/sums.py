@@ -18,6 +18,8 @@ from .ops import spectral_statistics
 from .records import FloatArray, LayerInfo, Layout
 from .stats import STATISTICS
 
+LOSSES_HELD = 256
+"""Losses kept between two samples, the newest; steps between samples are fewer."""
 SMOOTH_KEY = tuple(row.name for row in STATISTICS if row.kind == "key" and not row.spectral)
 SMOOTH_QUERY = tuple(row.name for row in STATISTICS if row.kind == "query" and not row.spectral)
 
@@ -32,6 +34,8 @@ class SampleSums:
         count: [S] windows in that sum.
         non_finite: [S] windows in which the stream's head received NaN or infinite values.
         too_short: windows that could not be taken because no sequence was long enough.
+        loss: sum of the mean losses that ranks have recorded since the sample before; infinite if one is not finite.
+        losses: number of ranks in that sum.
     """
 
     layout: Layout
@@ -39,6 +43,42 @@ class SampleSums:
     count: FloatArray
     non_finite: FloatArray
     too_short: int
+    loss: float = 0.0
+    losses: int = 0
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss over ranks, NaN if none has recorded any."""
+        return self.loss / self.losses if self.losses else float("nan")
+
+
+class RecordedLosses:
+    """Losses as training hands them over, left on their device until a sample is judged."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._held: list[Tensor | float] = []
+
+    def add(self, loss: Tensor | float) -> None:
+        """Take a loss, one number; a tensor is copied, since training may go on to change it in place."""
+        self._held = self._held[-(LOSSES_HELD - 1) :]
+        self._held.append(loss.detach().clone() if isinstance(loss, Tensor) else float(loss))
+
+    def take(self) -> list[float]:
+        """The mean of those held, which are let go; none if there is none, infinite if it is not finite."""
+        held, self._held = self.state_dict(), []
+        if not held:
+            return []
+        mean = float(np.mean(held))
+        return [mean if np.isfinite(mean) else float("inf")]
+
+    def state_dict(self) -> list[float]:
+        """Those held, as numbers."""
+        return [float(loss) for loss in self._held]
+
+    def load_state_dict(self, state: list[float]) -> None:
+        """Hold what `state_dict` returned."""
+        self._held = list(state)
 
 
 def summarise(layout: Layout, copied: list[tuple[Tensor, list[tuple[LayerInfo, list[int]]]]]) -> SampleSums:

@@ -5,7 +5,7 @@ Layer 4: imports agreement, capture, config, coverage, distributed, errors, reco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
@@ -142,7 +142,12 @@ def tell_unseen(capture: ModelCapture, step: int, reporter: Reporter) -> None:
 
 
 def coverage(
-    capture: ModelCapture | None, sampler: WindowSampler, reporter: Reporter, refused: Mapping[str, str]
+    capture: ModelCapture | None,
+    sampler: WindowSampler,
+    reporter: Reporter,
+    refused: Mapping[str, str],
+    muted: Sequence[str] = (),
+    armed: Mapping[str, str] | None = None,
 ) -> Coverage:
     """Say which layers are watched, which are not and why, what was skipped, and what failed.
 
@@ -151,6 +156,8 @@ def coverage(
         sampler: what has taken windows.
         reporter: what has been told.
         refused: layers that ranks cannot share, with why.
+        muted: what raises no alert now.
+        armed: of each statistic, how much has an honest baseline.
     """
     skipped = dict(sampler.skipped)
     taken = {name for name, plan in sampler.plans.items() if any(sum(part) for part in plan.parts)}
@@ -178,4 +185,6 @@ def coverage(
         dict(reporter.failures),
         dict(reporter.notices),
         ways,
+        tuple(muted),
+        dict(armed or {}),
     )
