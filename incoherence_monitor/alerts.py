@@ -147,7 +147,8 @@ class AlertBook:
                 continue
             moved = self._restless(place, verdict)
             share = 1.0 if place[0] in ("key", "query") else SETTLED_SHARE
-            if moved.any() and settled[moved].mean() >= share:
+            judged = moved & verdict.armed
+            if judged.any() and settled[judged].mean() >= share:
                 relearn |= moved
                 events.append(self._close(place, "settled", step))
         return relearn, events
@@ -158,7 +159,7 @@ class AlertBook:
         if kind == "model":
             moved = np.zeros(self.layout.size, dtype=bool)
             for position, part in enumerate(self.layout.slices.values()):
-                moved[part] = verdict.model_restless[position] & verdict.armed[part]
+                moved[part] = verdict.model_restless[position]
             return moved
         inside: BoolArray = self.layout.stream_layer == at
         if kind == "key":

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+ALL_ARMED = "all heads"
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -38,7 +40,7 @@ class Coverage:
         """A few lines for a terminal."""
         lines = [f"{len(self.watched)} attention layers watched, {len(self.seen)} seen so far"]
         lines += [f"not watched: {name}: {why}" for name, why in self.out_of_reach.items()]
-        lines += [f"armed: {name}: {how}" for name, how in self.armed.items()]
+        lines += [f"not all armed: {name}: {how}" for name, how in self.armed.items() if how != ALL_ARMED]
         lines += [f"muted: {what}" for what in self.muted]
         lines += [f"skipped {count} times: {reason}" for reason, count in self.skipped.items()]
         lines += [f"failed {count} times: {kind}" for kind, count in self.failures.items()]

@@ -212,6 +212,7 @@ class Dashboard:
             worst = max((abs(alert.deviation) for alert in alerts if np.isfinite(alert.deviation)), default=0.0)
             first = float(alerts[0].step) if alerts else float("nan")
             summary = {"first_alert": first, "worst_deviation": worst, "drifting_heads": float(book.drifting)}
+            summary["armed"] = latest.verdict.armed_share
             self._trackers.summary({f"{PREFIX}/{name}": value for name, value in summary.items()})
         if self._writer is not None:
             self._reporter.guard("closing the history", self._writer.close)

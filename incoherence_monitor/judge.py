@@ -20,6 +20,7 @@ from .alerts import AlertBook
 from .baseline import ARMED_FROM
 from .commands import Checkpoints, Command, Mute, Mutes, to_dict
 from .config import MonitorConfig
+from .coverage import ALL_ARMED
 from .detectors import DriftDetector
 from .episodes import Settling
 from .findings import find, without
@@ -273,7 +274,7 @@ def _how_armed(armed: BoolArray, count: IntArray) -> str:
     if not len(armed):
         return "not judged: it has one value only in windows this short"
     if armed.all():
-        return "all heads"
+        return ALL_ARMED
     few = count[~armed] < ARMED_FROM
     waits = []
     if few.any():

@@ -103,7 +103,7 @@ class IncoherenceMonitor(Steering):
         self._last_step = -1
         self._armed = False
         self._closed = False
-        run = "" if self.output_dir is None else str(self.output_dir)
+        run = "" if self.output_dir is None else str(self.output_dir.absolute())
         self._dashboard = Dashboard(
             as_sequence("trackers", trackers) if rank == 0 else (),
             self._reporter,

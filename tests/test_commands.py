@@ -133,6 +133,7 @@ def test_a_live_run_takes_up_a_mute_from_the_command_line(tmp_path, capsys):
     # The sample of step 29 was judged when step 30 began, and the command with it.
     assert [alert.step for alert in monitor.alerts] == [54]
     assert tracker.notes[0] == (29, "Muted: every statistic of head KV01 of layer second for 25 samples.")
+    assert tracker.summaries["incoherence/armed"] == 1
     assert tracker.metrics[52][1]["incoherence/drifting_heads"] == 1
     assert [event.event for event in History.open(tmp_path).events] == ["muted"]
     assert [path.name[:10] for path in (tmp_path / "commands" / "done").iterdir()] == ["000000029-"]
@@ -295,8 +296,9 @@ def test_what_is_not_armed_is_said():
     drive(monitor, range(7), key_heads=4)
     monitor.flush()
     assert monitor.armed()["key_norm"] == "0 of 12 heads; 12 need 24 samples, the least has 7"
+    assert "not all armed: key_norm: 0 of 12 heads" in str(monitor.coverage())
     drive(monitor, range(7, 60), key_heads=4)
     monitor.flush()
     assert monitor.armed() == {"key_norm": "all heads", "key_leverage": "all heads"}
     assert monitor.coverage().armed == monitor.armed()
-    assert "armed: key_norm: all heads" in str(monitor.coverage())
+    assert "armed" not in str(monitor.coverage())
