@@ -74,6 +74,7 @@ def main(output_dir: Path) -> None:
                 logits = model(ids)
                 loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
                 loss.backward()
+                monitor.record_loss(loss)
             optimizer.step()
             optimizer.zero_grad()
         monitor.flush()

@@ -133,7 +133,7 @@ def onto(sums: SampleSums, layout: Layout, *, coordinate: int, size: int) -> Sam
             target = slice(start, start + source.stop - source.start)
             total[target], count[target] = sums.total[source], sums.count[source]
             non_finite[target] = sums.non_finite[source]
-    return SampleSums(layout, total, count, non_finite, sums.too_short)
+    return replace(sums, layout=layout, total=total, count=count, non_finite=non_finite)
 
 
 def whole_layer(

@@ -1,49 +1,62 @@
 """From findings to alerts: each episode is told once.
 
-An **episode** opens with an alert and closes after a few calm samples; while it is open nothing more is told about its
-head. A query head whose key head is drifting is part of that.
+An **episode** opens with an alert and closes after a few calm samples, when its values have come to rest at another
+level, or when a user accepts it; while it is open nothing more is told about its head. A query head whose key head is
+drifting is part of that. A muted episode opens and closes without a word.
 
-Layer 2: imports findings, messages, records and stats.
+Layer 2: imports causes, episodes, findings, loss, messages, records and stats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from . import messages
+from .causes import likely_cause, pattern
+from .episodes import Episode, Marked
 from .findings import MODEL, Finding, Place, group
-from .records import Alert, BoolArray, Layout, Verdict
+from .loss import movement
+from .records import Alert, AlertKind, BoolArray, Event, EventKind, Layout, Verdict, head_label
 from .stats import HeadKind
 
 CALM_SAMPLES = 4
 """Calm samples in a row that close an episode."""
-
-
-@dataclass
-class Episode:
-    """An open episode: since when, by which rule, of which heads, and how calm lately."""
-
-    since: int
-    rule: str
-    critical: bool
-    heads: list[Place]
-    calm: int = 0
-    confirmed: bool = False
+SETTLED_SHARE = 0.9
+"""Share of the restless streams of a layer or the model that must be at rest before it is accepted by itself."""
+_ORDER: dict[str, int] = {"model": 0, "layer": 1, "key": 2, "query": 3}
+"""The model and layers before heads, keys before queries: what comes later may be part of what came before."""
 
 
 class AlertBook:
     """Open episodes and what has been told so far."""
 
-    def __init__(self, layout: Layout) -> None:
-        """Start with no episode open."""
+    def __init__(self, layout: Layout, run: str = "") -> None:
+        """Start with no episode open.
+
+        Args:
+            layout: the streams.
+            run: the folder that the run writes to, for the commands that alerts name; empty without.
+        """
         self.layout = layout
+        self.run = run
         self.episodes: dict[Place, Episode] = {}
 
-    def process(self, findings: Iterable[Finding], verdict: Verdict, *, step: int, observed: BoolArray) -> list[Alert]:
+    def process(
+        self,
+        findings: Iterable[Finding],
+        verdict: Verdict,
+        *,
+        step: int,
+        observed: BoolArray,
+        heard: Iterable[Finding] | None = None,
+        muted: BoolArray | None = None,
+        losses: Sequence[tuple[int, float]] = (),
+        checkpoints: Mapping[int, str] | None = None,
+    ) -> tuple[list[Alert], list[Event]]:
         """Take one sample's findings.
 
         Args:
@@ -51,32 +64,40 @@ class AlertBook:
             verdict: the detector's.
             step: training step of the sample.
             observed: [S] whether a stream had a value; one without is neither calm nor restless.
+            heard: findings without what is muted; None if nothing is.
+            muted: [S] streams that are muted; None if none is.
+            losses: (step, loss), oldest first.
+            checkpoints: paths of the checkpoints that exist, by step.
 
         Returns:
-            The alerts that this sample raises, one per episode that opens.
+            The alerts that this sample raises, one per episode that opens, and the episodes that it closes.
         """
         findings = list(findings)
-        grouped = group(self.layout, findings)
+        grouped = group(self.layout, findings, verdict)
+        audible = grouped if heard is None else group(self.layout, heard, verdict)
         # A head that is now told with its layer or the model is still seen itself.
-        self._settle([*findings, *grouped], verdict, observed)
-        # The model and layers before heads, keys before queries: what comes later may be part of what came before.
-        order: dict[str, int] = {"model": 0, "layer": 1, "key": 2, "query": 3}
+        closed = self._settle([*findings, *grouped], verdict, observed, step)
         opened = []
-        for found in sorted(grouped, key=lambda found: (order[found.place[0]], found.place[1:])):
+        for found in sorted(audible, key=_order):
             known = self.episodes.get(found.place)
-            if known is not None:
-                # A head that was drifting and is now past repair is news.
-                if known.rule == "drift" and found.rule != "drift":
-                    del self.episodes[found.place]
-                else:
-                    continue
-            if self._is_part_of_another(found):
+            # A head that was drifting and is now past repair is news; so is one that is muted no more.
+            if known is not None and known.told and (known.rule != "drift" or found.rule == "drift"):
                 continue
-            critical = found.rule != "drift" or found.place[0] in ("layer", "model")
-            heads = found.heads or (() if found.place == MODEL else (found.place,))
-            self.episodes[found.place] = Episode(found.since, found.rule, critical, list(heads))
-            opened.append(self._alert(found, step=step, critical=critical))
-        return opened
+            if not self._is_part_of_another(found):
+                self._open(found, step, told=True)
+                opened.append(self._alert(found, verdict, step, losses, checkpoints or {}))
+        for found in sorted(grouped, key=_order):
+            if found.place not in self.episodes and not self._is_part_of_another(found):
+                self._open(found, step, told=False)
+        for place, episode in self.episodes.items():
+            episode.muted = muted is not None and self._within(place, episode, muted)
+        return opened, closed
+
+    def _open(self, found: Finding, step: int, *, told: bool) -> None:
+        critical = found.rule != "drift" or found.place[0] in ("layer", "model")
+        heads = found.heads or (() if found.place == MODEL else (found.place,))
+        since = step if found.since < 0 else found.since
+        self.episodes[found.place] = Episode(since, found.rule, found.statistic, critical, list(heads), told=told)
 
     @property
     def drifting(self) -> int:
@@ -90,8 +111,89 @@ class AlertBook:
 
     @property
     def confirmed_critical(self) -> bool:
-        """Whether an open critical episode was seen again at a second sample."""
-        return any(episode.critical and episode.confirmed for episode in self.episodes.values())
+        """Whether an open critical episode that is not muted was seen again at a second sample."""
+        return any(episode.critical and episode.confirmed and not episode.muted for episode in self.episodes.values())
+
+    @property
+    def earliest_onset(self) -> int | None:
+        """Estimated onset of the earliest open episode, muted or not; None if none is open."""
+        return min((episode.since for episode in self.episodes.values()), default=None)
+
+    def accept(self, streams: BoolArray, *, step: int) -> list[Event]:
+        """Close the episodes that lie within some streams, as a user asks."""
+        return [
+            self._close(place, "accepted", step)
+            for place, episode in list(self.episodes.items())
+            if self._within(place, episode, streams)
+        ]
+
+    def accept_settled(
+        self, settled: BoolArray, verdict: Verdict, *, step: int, least_age: int
+    ) -> tuple[BoolArray, list[Event]]:
+        """Close the drifts that have been open for long and have come to rest; absolute rules never are.
+
+        Args:
+            settled: [S] streams at rest.
+            verdict: the detector's.
+            step: training step of the sample.
+            least_age: samples since the episode opened, at least.
+
+        Returns:
+            [S] which streams shall learn their baseline anew, and the episodes closed.
+        """
+        relearn, events = np.zeros(self.layout.size, dtype=bool), []
+        for place, episode in list(self.episodes.items()):
+            if episode.rule != "drift" or episode.age < least_age:
+                continue
+            moved = self._restless(place, verdict)
+            share = 1.0 if place[0] in ("key", "query") else SETTLED_SHARE
+            judged = moved & verdict.armed
+            if judged.any() and settled[judged].mean() >= share:
+                relearn |= moved
+                events.append(self._close(place, "settled", step))
+        return relearn, events
+
+    def _restless(self, place: Place, verdict: Verdict) -> BoolArray:
+        """The streams that keep an episode open, with those of the query heads paired with its key head."""
+        kind, at, head = place
+        if kind == "model":
+            moved = np.zeros(self.layout.size, dtype=bool)
+            for position, part in enumerate(self.layout.slices.values()):
+                moved[part] = verdict.model_restless[position]
+            return moved
+        inside: BoolArray = self.layout.stream_layer == at
+        if kind == "key":
+            inside = inside & (self.layout.stream_key_head == head)
+        elif kind == "query":
+            queries = np.zeros(self.layout.size, dtype=bool)
+            for row in self.layout.rows:
+                queries[self.layout.slices[row.name]] = row.kind == "query"
+            inside = inside & queries & (self.layout.stream_head == head)
+        return inside & verdict.restless
+
+    def _within(self, place: Place, episode: Episode, streams: BoolArray) -> bool:
+        """Whether all that an episode was told for lies in some streams."""
+        part = self.layout.slices[episode.statistic]
+        if place == MODEL:
+            return bool(streams[part].all())
+        heads = [head for _, _, head in episode.heads]
+        own = (self.layout.stream_layer[part] == place[1]) & np.isin(self.layout.stream_head[part], heads)
+        return bool(own.any() and streams[part][own].all())
+
+    def _close(self, place: Place, event: EventKind, step: int) -> Event:
+        episode = self.episodes.pop(place)
+        kind, at, head = place
+        layer = None if at < 0 else self.layout.layers[at]
+        words = messages.where(kind, layer, None if head < 0 else head)
+        message = {
+            "closed": messages.closed_message(words, episode.since, step),
+            "settled": messages.settled_message(words, episode.since, episode.age),
+            "accepted": messages.accepted_message(words, episode.since),
+        }[event]
+        return Event(
+            step, event, episode.since, None if layer is None else layer.name, kind, None if head < 0 else head,
+            episode.statistic, message, told=episode.told,
+        )  # fmt: skip
 
     def _is_part_of_another(self, found: Finding) -> bool:
         kind, at, head = found.place
@@ -108,54 +210,70 @@ class AlertBook:
         # An absolute rule is not silenced by a drift that was told as a warning before.
         return any(other is not None and (found.rule == "drift" or other.rule != "drift") for other in wider)
 
-    def _settle(self, found_now: list[Finding], verdict: Verdict, observed: BoolArray) -> None:
+    def _settle(self, found_now: list[Finding], verdict: Verdict, observed: BoolArray, step: int) -> list[Event]:
         """Confirm the episodes that are still seen, close those that have been calm for long enough."""
         if not self.episodes:
-            return
-        seen = {found.place for found in found_now} | self._places(verdict.restless)
-        with_data = self._places(observed) | ({MODEL} if observed.any() else set())
+            return []
+        found_places = {found.place for found in found_now}
+        restless, with_data = Marked(self.layout, verdict.restless), Marked(self.layout, observed)
         absolute = any(found.rule != "drift" for found in found_now)
         model = self.episodes.get(MODEL)
-        if verdict.model_restless.any() or (model is not None and model.rule != "drift" and absolute):
-            seen.add(MODEL)
+        whole = verdict.model_restless.any() or (model is not None and model.rule != "drift" and absolute)
+        events = []
         for place, episode in list(self.episodes.items()):
-            if place in seen:
+            seen = place in found_places or (bool(whole) if place == MODEL else place in restless)
+            episode.age += seen or place in with_data
+            if seen:
                 episode.calm, episode.confirmed = 0, True
             elif place in with_data:
                 episode.calm += 1
                 if episode.calm >= CALM_SAMPLES:
-                    del self.episodes[place]
+                    events.append(self._close(place, "closed", step))
+        return events
 
-    def _places(self, streams: BoolArray) -> set[Place]:
-        """The heads that marked streams belong to, and their layers."""
-        places: set[Place] = set()
-        for row, part in zip(self.layout.rows, self.layout.slices.values(), strict=True):
-            for at in part.start + np.flatnonzero(streams[part]):
-                layer, head = int(self.layout.stream_layer[at]), int(self.layout.stream_head[at])
-                places |= {(row.kind, layer, head), ("layer", layer, -1)}
-        return places
-
-    def _alert(self, found: Finding, *, step: int, critical: bool) -> Alert:
+    def _alert(
+        self,
+        found: Finding,
+        verdict: Verdict,
+        step: int,
+        losses: Sequence[tuple[int, float]],
+        checkpoints: Mapping[int, str],
+    ) -> Alert:
         kind, at, head = found.place
         layer = None if at < 0 else self.layout.layers[at]
         place = messages.where(kind, layer, None if head < 0 else head)
         since = step if found.since < 0 else found.since
+        moved = movement(losses, since)
+        clean = [before for before in checkpoints if before < since]
+        around = messages.Surroundings(
+            likely_cause(pattern(self.layout, verdict, found.place), found.statistic, found.deviation),
+            "" if moved is None else moved.words(),
+            checkpoints[max(clean)] if clean else "",
+        )
+        name = None if layer is None else layer.name
+        label = None if layer is None or head < 0 else _label(kind, head)
+        mute = messages.request("mute", self.run, name, label)
         if found.rule == "non_finite":
-            message = messages.non_finite_message(place, kind, since, others=found.others)
+            message = messages.non_finite_message(place, kind, since, others=found.others, around=around, mute=mute)
         elif found.rule == "runaway":
-            message = messages.runaway_message(place, found.value, found.baseline, since)
+            message = messages.runaway_message(
+                place, kind, found.value, found.baseline, since, around=around, mute=mute
+            )
         elif found.rule == "shift":
             precision = (layer or self.layout.layers[0]).precision
-            message = messages.shift_message(place, precision, found.value, found.baseline, since)
+            message = messages.shift_message(
+                place, kind, precision, found.value, found.baseline, since, around=around, mute=mute
+            )
         else:
             message = messages.drift_message(
                 place, kind, found.statistic,
                 value=found.value, baseline=found.baseline, deviation=found.deviation, since_step=since,
+                around=around, mute=mute,
             )  # fmt: skip
         return Alert(
             step=step,
             since_step=since,
-            layer=None if layer is None else layer.name,
+            layer=name,
             layer_index=None if layer is None else layer.index,
             kind=kind,
             head=None if head < 0 else head,
@@ -163,7 +281,7 @@ class AlertBook:
             value=found.value,
             baseline=found.baseline,
             deviation=found.deviation,
-            severity="critical" if critical else "warning",
+            severity="critical" if self.episodes[found.place].critical else "warning",
             message=message,
         )
 
@@ -190,3 +308,11 @@ class AlertBook:
         for (kind, at, head), episode in state["episodes"]:
             heads: list[Place] = [(head_kind, layer, number) for head_kind, layer, number in episode["heads"]]
             self.episodes[kind, at, head] = Episode(**{**episode, "heads": heads})
+
+
+def _label(kind: AlertKind, head: int) -> str:
+    return head_label(0, "key" if kind == "key" else "query", head).rpartition("/")[2]
+
+
+def _order(found: Finding) -> tuple[Any, ...]:
+    return (_ORDER[found.place[0]], found.place[1:])

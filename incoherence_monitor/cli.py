@@ -1,8 +1,8 @@
-"""The command line: `incoherence-monitor demo`.
+"""The command line: `incoherence-monitor demo`, `replay`, `mute`, `accept`.
 
 Exit codes: 0 fine, 1 something was found that should not be, 2 wrong usage with one sentence saying what.
 
-Layer 6: imports the demo when it is asked for.
+Layer 6: imports what a command needs when it is asked for.
 """
 
 from __future__ import annotations
@@ -12,10 +12,19 @@ import logging
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 from .errors import IncoherenceError
+
+_RUN_DIR: dict[str, Any] = {
+    "type": Path,
+    "metavar": "RUN_DIR",
+    "help": "the folder that the monitor or the Trainer writes to",
+}
+_SENSITIVITY = "samples between false warnings; several are compared. Default: as recorded"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,10 +44,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="train a small model, break one head, show the alert (a minute or two)")
     demo.add_argument("-o", "--output-dir", type=Path, default=Path("incoherence-demo"), help="default: %(default)s")
     demo.add_argument("--wandb", action="store_true", help="also write an offline Weights & Biases run")
+    demo.set_defaults(run=lambda given: _demo(given.output_dir, wandb=given.wandb))
+    again = commands.add_parser("replay", help="judge a recorded run again, with other settings, without training")
+    again.add_argument("run_dir", **_RUN_DIR)
+    again.add_argument("--false-alarm-every", type=float, nargs="+", metavar="N", default=[], help=_SENSITIVITY)
+    again.set_defaults(run=lambda given: _replay(given.run_dir, given.false_alarm_every))
+    mute = commands.add_parser("mute", help="raise no alert about some heads of a live run for a time")
+    accept = commands.add_parser("accept", help="take the present state of some heads of a live run as their baseline")
+    for command in (mute, accept):
+        command.add_argument("run_dir", **_RUN_DIR)
+        command.add_argument("--layer", help="name, glob or index of layers; default: all")
+        command.add_argument("--head", help="number of a head, or its label such as KV02 or Q07; default: all")
+        command.add_argument("--statistic", help="name of a statistic; default: all")
+    mute.add_argument("--samples", type=int, help="for how many samples; default: until muted anew")
+    mute.set_defaults(run=lambda given: _post(given, {"command": "mute", "samples": given.samples}))
+    accept.set_defaults(run=lambda given: _post(given, {"command": "accept"}))
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        return _demo(given.output_dir, wandb=given.wandb)
+        return int(given.run(given))
     except IncoherenceError as error:
         print(f"incoherence-monitor: {error}", file=sys.stderr)
         return 2
@@ -75,6 +99,43 @@ def _demo(output_dir: Path, *, wandb: bool) -> int:
         + ("named, but not first." if result.found else f"not named within {WITHIN_SAMPLES} samples.")
     )
     return 1
+
+
+def _replay(run_dir: Path, sensitivities: Sequence[float]) -> int:
+    from .history import History
+    from .replay import recorded_config, replay
+
+    history = History.open(run_dir)
+    config = recorded_config(history)
+    settings = [replace(config, false_alarm_every=every) for every in sensitivities] or [config]
+    results = [replay(history, setting) for setting in settings]
+    print(f"{results[0].samples} samples, steps {history.steps[0]} to {history.steps[-1]}; ", end="")
+    print(f"recorded with false_alarm_every={config.false_alarm_every:g}, {len(history.alerts)} alerts were raised.")
+    rows: list[tuple[str, ...]] = [("false_alarm_every", "warnings", "critical", "heads", "first step", "armed")]
+    for result in results:
+        first = str(result.alerts[0].step) if result.alerts else "-"
+        warnings = len(result.alerts) - result.critical
+        counts = [str(count) for count in (warnings, result.critical, result.heads)]
+        rows.append((f"{result.config.false_alarm_every:g}", *counts, first, f"{result.armed_share:.0%}"))
+    for row in rows:
+        print("  ".join(f"{cell:>{max(len(other[at]) for other in rows)}}" for at, cell in enumerate(row)))
+    return int(any(result.critical for result in results))
+
+
+def _post(given: argparse.Namespace, values: dict[str, Any]) -> int:
+    from .commands import Selection, from_dict
+    from .history import find_folder, newest_layout
+    from .inbox import post
+
+    command = from_dict({**values, "layer": given.layer, "head": given.head, "statistic": given.statistic})
+    assert isinstance(command, Selection)
+    folder = find_folder(given.run_dir)
+    layout = newest_layout(folder)
+    if layout is not None:
+        command.check(layout)
+    file = post(folder.parent, command)
+    print(f"{command.name}: {command.words()}. The live run takes it up at its next sample ({file}).")
+    return 0
 
 
 if __name__ == "__main__":

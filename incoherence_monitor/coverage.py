@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+ALL_ARMED = "all heads"
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -20,6 +22,8 @@ class Coverage:
         failures: failures of the monitor itself, with how often.
         notices: what it has had to say otherwise, with how often.
         ways: of each layer seen, how its queries and keys are captured.
+        muted: what raises no alert now, and for how long.
+        armed: of each statistic that raises alerts, how much has an honest baseline, and what the rest waits for.
     """
 
     watched: tuple[str, ...]
@@ -29,11 +33,15 @@ class Coverage:
     failures: dict[str, int]
     notices: dict[str, int]
     ways: dict[str, str] = field(default_factory=dict)
+    muted: tuple[str, ...] = ()
+    armed: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """A few lines for a terminal."""
         lines = [f"{len(self.watched)} attention layers watched, {len(self.seen)} seen so far"]
         lines += [f"not watched: {name}: {why}" for name, why in self.out_of_reach.items()]
+        lines += [f"not all armed: {name}: {how}" for name, how in self.armed.items() if how != ALL_ARMED]
+        lines += [f"muted: {what}" for what in self.muted]
         lines += [f"skipped {count} times: {reason}" for reason, count in self.skipped.items()]
         lines += [f"failed {count} times: {kind}" for kind, count in self.failures.items()]
         lines += [f"noticed {count} times: {kind}" for kind, count in self.notices.items()]

@@ -16,7 +16,8 @@ import numpy as np
 from .alerts import AlertBook
 from .errors import HistoryError, MissingDependencyError
 from .judge import JudgedSample
-from .records import Alert, head_label, rearrange
+from .messages import collect
+from .records import Alert, RecordedSample, head_label
 from .reporting import Reporter
 from .trackers import CompositeTracker, Picture, as_tracker
 
@@ -101,7 +102,7 @@ class Dashboard:
         self._reporter = reporter
         self._directory = directory
         self._settings = dict(settings)
-        self._memory: deque[tuple[JudgedSample, list[Alert]]] = deque(maxlen=keep_in_memory)
+        self._memory: deque[RecordedSample] = deque(maxlen=keep_in_memory)
         self._writer: HistoryWriter | None = None
         self._since_picture = 0
         self._drawing: tuple[int, Future[Picture | None]] | None = None
@@ -125,22 +126,22 @@ class Dashboard:
             book: open episodes.
             worker: draws pictures off the training thread.
         """
-        if self._writer is None:
-            self._memory.append((judged, judged.alerts))
+        writer = self._writer
+        if writer is None:
+            self._memory.append(judged.recorded)
         else:
-            self._reporter.guard("writing the history", lambda: self._append(judged))
+            self._reporter.guard("writing the history", lambda: writer.append(judged.recorded))
         self._deliver()
         self._trackers.log(metrics, step=judged.step)
-        for alert in judged.alerts:
+        for alert in collect(judged.alerts):
             self._trackers.alert(alert)
+        for event in judged.recorded.events:
+            if event.told:
+                self._trackers.note(event.message, step=event.step)
         self._since_picture += 1
         due = self._since_picture >= (PICTURE_LEAST if judged.alerts else PICTURE_EVERY)
         if worker is not None and (due or (judged.alerts and not self._alert_drawn)):
             self._start_drawing(judged, book, worker)
-
-    def _append(self, judged: JudgedSample) -> None:
-        assert self._writer is not None
-        self._writer.append(judged.layout, step=judged.step, values=judged.values, alerts=judged.alerts)
 
     def _wants_pictures(self) -> bool:
         return self._drawable and (self._directory is not None or bool(self._trackers.trackers))
@@ -199,14 +200,7 @@ class Dashboard:
             return History.open(self._directory)
         if not self._memory:
             raise HistoryError("No sample has been taken yet, so there is no history.")
-        layout = self._memory[-1][0].layout
-        rows = []
-        for judged, _ in self._memory:
-            positions = layout.positions_in(judged.layout)
-            rows.append(rearrange(judged.values, positions, missing=np.nan))
-        steps = np.array([judged.step for judged, _ in self._memory], dtype=np.int64)
-        alerts = [alert for _, raised in self._memory for alert in raised]
-        return History(layout, steps, np.array(rows, dtype=np.float32), alerts, self._settings)
+        return History(self._memory, self._settings)
 
     def close(self, latest: JudgedSample | None, book: AlertBook | None, alerts: list[Alert]) -> None:
         """Draw the last picture, write the summary, close history and trackers."""
@@ -217,6 +211,7 @@ class Dashboard:
             worst = max((abs(alert.deviation) for alert in alerts if np.isfinite(alert.deviation)), default=0.0)
             first = float(alerts[0].step) if alerts else float("nan")
             summary = {"first_alert": first, "worst_deviation": worst, "drifting_heads": float(book.drifting)}
+            summary["armed"] = latest.verdict.armed_share
             self._trackers.summary({f"{PREFIX}/{name}": value for name, value in summary.items()})
         if self._writer is not None:
             self._reporter.guard("closing the history", self._writer.close)

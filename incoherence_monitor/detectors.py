@@ -69,6 +69,11 @@ class _Vectors:
             values[kept] = getattr(self, name)[positions[kept]]
         vars(self).update(vars(fresh))
 
+    def reset(self, where: BoolArray, fresh: _Vectors) -> None:
+        """Start anew at some places, as in `fresh`."""
+        for name, values in vars(fresh).items():
+            setattr(self, name, np.where(where, values, getattr(self, name)))
+
 
 class _Trust(_Vectors):
     """Whether forecasts have been good enough to judge by; once earned, it stays."""
@@ -232,6 +237,20 @@ class DriftDetector:
             if len(values):
                 result[at] = np.median(values)
         return result
+
+    def relearn(self, streams: BoolArray) -> None:
+        """Forget the baseline, trust and excursions of some streams: they arm again from new samples.
+
+        Args:
+            streams: [S] which ones; a statistic of which all judged streams are among them starts anew model-wide too.
+        """
+        self.baseline.count = np.where(streams, 0, self.baseline.count)
+        self.runs.reset(streams, _Runs(self.layout.size))
+        self.trust.reset(streams, _Trust(self.layout.size))
+        parts = self.layout.slices.values()
+        whole = np.array([streams[part].any() and bool(streams[part][self.judged[part]].all()) for part in parts])
+        self.model_runs.reset(whole, _Runs(len(self.layout.statistics)))
+        self.model_trust.reset(whole, _Trust(len(self.layout.statistics)))
 
     def grow(self, layout: Layout) -> None:
         """Take over a layout with more layers; the streams known before keep their state."""

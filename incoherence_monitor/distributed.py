@@ -140,26 +140,30 @@ class SharedLayout:
             return None
         return replace(given, query=query, key=key, value=value)
 
-    def add(self, sums: SampleSums) -> SampleSums:
+    def add(self, sums: SampleSums, commands: Sequence[Any] = ()) -> tuple[SampleSums, list[Any]]:
         """Add a sample over the default group. Every rank must call it at the same sample.
 
         Args:
             sums: this rank's sample.
+            commands: what this rank has been asked for, as JSON can hold it; told to the others only if there is any.
 
         Returns:
-            The sum, equal on every rank; empty if nothing has been seen that ranks can share.
+            The sum, equal on every rank; empty if nothing has been seen that ranks can share. And the commands of all
+            ranks, each once, in the same order everywhere; none where nothing was shared.
         """
         if self._layout is None:
             self._agree(sums.layout)
         part = self._part
         mine = onto(sums, self._layout or Layout(()), coordinate=part.coordinate, size=part.size)
         if not mine.layout.size or self.stopped:
-            return mine
-        message = torch.from_numpy(pack(mine, self._split_here)).to(_device())
+            return mine, []
+        message = torch.from_numpy(pack(mine, self._split_here, commands=len(commands))).to(_device())
         dist.all_reduce(message)
-        added, splits = unpack(message.cpu().numpy(), mine.layout)
+        added, splits, follow = unpack(message.cpu().numpy(), mine.layout)
         self._stop(splits)
-        return added
+        told = exchange(list(commands), [])[0] if follow else []
+        distinct = {json.dumps(command, sort_keys=True): command for of_rank in told for command in of_rank}
+        return added, list(distinct.values())
 
     def _agree(self, layout: Layout) -> None:
         """Agree on window lengths and heads; nothing is settled while no rank has seen anything."""
@@ -237,7 +241,7 @@ def exchange(value: Any, numbers: Sequence[int]) -> tuple[list[Any], IntArray]:
 _FIRST_OF_KIND: dict[HeadKind, str] = {row.kind: row.name for row in reversed(STATISTICS)}
 
 
-def pack(sums: SampleSums, split: int | None) -> NDArray[np.float32]:
+def pack(sums: SampleSums, split: int | None, *, commands: int = 0) -> NDArray[np.float32]:
     """The message of one sample: what is added over ranks, in slots that are the same on every rank.
 
     Single precision: counts stay exact up to 16 million, and a mean of logs to 1e-7, as fine as the statistics are.
@@ -246,18 +250,20 @@ def pack(sums: SampleSums, split: int | None) -> NDArray[np.float32]:
     Args:
         sums: this rank's sample over the layout of all ranks.
         split: position in `SPLIT_SEQUENCES` of what this rank has found, or None.
+        commands: number of commands that this rank has for all.
 
     Returns:
-        [2 S + heads + 1 + splits].
+        [2 S + heads + 4 + splits].
     """
     heads = [sums.non_finite[sums.layout.slices[name]] for name in _FIRST_OF_KIND.values()]
     found = np.zeros(len(SPLIT_SEQUENCES))
     if split is not None:
         found[split] = 1
-    return np.concatenate([sums.total, sums.count, *heads, [sums.too_short], found]).astype(np.float32)
+    few = [sums.too_short, sums.loss, sums.losses, commands]
+    return np.concatenate([sums.total, sums.count, *heads, few, found]).astype(np.float32)
 
 
-def unpack(message: NDArray[np.float32], layout: Layout) -> tuple[SampleSums, list[int]]:
+def unpack(message: NDArray[np.float32], layout: Layout) -> tuple[SampleSums, list[int], int]:
     """The inverse of `pack`, after messages were added.
 
     Args:
@@ -265,7 +271,7 @@ def unpack(message: NDArray[np.float32], layout: Layout) -> tuple[SampleSums, li
         layout: of all ranks.
 
     Returns:
-        The sum; and positions in `SPLIT_SEQUENCES` of what ranks have found.
+        The sum; positions in `SPLIT_SEQUENCES` of what ranks have found; and the number of commands that follow.
     """
     slots = message.astype(np.float64)
     total, count, slots = slots[: layout.size], slots[layout.size : 2 * layout.size], slots[2 * layout.size :]
@@ -274,8 +280,9 @@ def unpack(message: NDArray[np.float32], layout: Layout) -> tuple[SampleSums, li
         heads = layout.slices[name].stop - layout.slices[name].start
         of_head[kind], slots = slots[:heads], slots[heads:]
     non_finite = np.concatenate([of_head[row.kind] for row in layout.rows])
-    splits = np.flatnonzero(slots[1:]).tolist()
-    return SampleSums(layout, total, count, non_finite, int(slots[0])), splits
+    too_short, loss, losses, commands = slots[:4].tolist()
+    sums = SampleSums(layout, total, count, non_finite, int(too_short), loss, int(losses))
+    return sums, np.flatnonzero(slots[4:]).tolist(), int(commands)
 
 
 def _device() -> torch.device:

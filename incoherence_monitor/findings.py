@@ -18,6 +18,8 @@ from .stats import HeadKind
 
 LAYER_SHARE, LAYER_LEAST = 0.75, 3
 """A layer is told as a whole when so many of its heads of one kind are found at once, and at least three."""
+LAYER_ALARMS = 2
+"""Heads of a layer that must have been found before those on their way there count for it."""
 MODEL_SHARE = 0.5
 """The model is told as a whole when an absolute rule finds so many of its heads at once."""
 _NON_FINITE_SHOWN_AS: dict[HeadKind, str] = {"key": "key_norm", "query": "energy_scale"}
@@ -128,10 +130,24 @@ def find(
     return result
 
 
-def group(layout: Layout, findings: Iterable[Finding]) -> list[Finding]:
+def without(verdict: Verdict, muted: BoolArray, layout: Layout) -> Verdict:
+    """A verdict without the alarms of muted streams, nor those of a whole statistic that is muted.
+
+    Args:
+        verdict: the detector's.
+        muted: [S] which streams.
+        layout: the streams.
+    """
+    whole = np.array([muted[part].any() and muted[part].all() for part in layout.slices.values()])
+    return replace(verdict, alarm=verdict.alarm & ~muted, model_alarm=verdict.model_alarm & ~whole)
+
+
+def group(layout: Layout, findings: Iterable[Finding], verdict: Verdict | None = None) -> list[Finding]:
     """Put heads together into their layer, or into the model where an absolute rule finds most of it.
 
-    What is not finite spreads to every later layer, so of those findings the earliest layer's alone are kept.
+    With a verdict, heads on their way to where two of their layer have arrived count for the layer: a layer that
+    drifts slowly is then told as one when it begins. What is not finite spreads to every later layer, so of those
+    findings the earliest layer's alone are kept.
     """
     findings = list(findings)
     total = sum(layer.key_heads + layer.query_heads for layer in layout.layers)
@@ -151,21 +167,33 @@ def group(layout: Layout, findings: Iterable[Finding]) -> list[Finding]:
         if rule != "drift" and most:
             result.append(replace(max(same, key=_weight), place=MODEL))
         else:
-            result += _by_layer(layout, same)
+            result += _by_layer(layout, same, verdict if rule == "drift" else None)
     return result
 
 
-def _by_layer(layout: Layout, heads: list[Finding]) -> list[Finding]:
+def _by_layer(layout: Layout, heads: list[Finding], verdict: Verdict | None) -> list[Finding]:
     result: list[Finding] = []
-    for kind in ("key", "query"):
+    kinds: tuple[HeadKind, ...] = ("key", "query")
+    for kind in kinds:
         for at, layer in enumerate(layout.layers):
             inside = [found for found in heads if found.place[:2] == (kind, at)]
-            if len(inside) >= max(LAYER_LEAST, LAYER_SHARE * layer.heads(kind)):
-                places = tuple(found.place for found in inside)
-                result.append(replace(max(inside, key=_weight), place=("layer", at, -1), heads=places))
+            places = {found.place: None for found in inside}
+            if verdict is not None and len(inside) >= LAYER_ALARMS:
+                places |= dict.fromkeys(_on_their_way(layout, max(inside, key=_weight), verdict))
+            if len(places) >= max(LAYER_LEAST, LAYER_SHARE * layer.heads(kind)):
+                result.append(replace(max(inside, key=_weight), place=("layer", at, -1), heads=tuple(sorted(places))))
             else:
                 result += inside
     return result
+
+
+def _on_their_way(layout: Layout, found: Finding, verdict: Verdict) -> list[Place]:
+    """Heads of a finding's layer that are restless in its statistic, on the same side."""
+    kind, at, _ = found.place
+    part = layout.slices[found.statistic]
+    same_side = np.nan_to_num(verdict.deviation[part]) * found.deviation > 0
+    there = (layout.stream_layer[part] == at) & verdict.restless[part] & same_side
+    return [(kind, at, int(head)) for head in layout.stream_head[part][there]]
 
 
 def _weight(found: Finding) -> tuple[int, float]:

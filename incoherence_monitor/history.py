@@ -1,8 +1,9 @@
-"""The record on disk: every statistic of every head at every sample, with the alerts, as Arrow IPC streams.
+"""The record on disk: every statistic of every head at every sample, with alerts and events, as Arrow IPC streams.
 
 One file per attempt (a start or a resume of the run) under `<run>/history/`, one record batch per sample, written
 through at once: after a crash at most the sample being written is lost, and readers may read while training runs.
-Where attempts overlap, the newest attempt's value of a step counts.
+Where attempts overlap, the newest attempt's value of a step counts. A record holds all that judgement needs, so that
+alerts can be worked out again from the history alone (`replay`).
 
 Layer 3: imports records, stats and errors; pyarrow, and pandas inside `to_pandas` alone.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -20,13 +21,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .errors import HistoryError, MissingDependencyError, SettingError
-from .records import Alert, Layout, rearrange
+from .records import Alert, Event, Layout, RecordedSample, rearrange
 from .stats import STATISTIC_NAMES, statistic
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FOLDER = "history"
 _SUFFIX = ".arrow"
 
@@ -36,26 +37,38 @@ class History:
 
     def __init__(
         self,
-        layout: Layout,
-        steps: NDArray[np.int64],
-        samples: NDArray[np.float32],
-        alerts: Sequence[Alert],
+        samples: Sequence[RecordedSample],
         settings: Mapping[str, Any] | None = None,
+        *,
+        judged: Sequence[RecordedSample] | None = None,
     ) -> None:
         """Wrap what was read.
 
         Args:
-            layout: the streams of a sample.
-            steps: [n] training steps, ascending.
-            samples: [n, S] float32 statistics, NaN where undefined.
-            alerts: alerts, oldest first.
+            samples: at least one, by ascending step.
             settings: settings of the newest attempt.
+            judged: the samples that the newest attempt's judgement rests on, without those of earlier attempts that it
+                has not come to again; None if these are all.
         """
-        self.layout = layout
-        self.steps = steps
-        self.alerts = list(alerts)
+        layers = {layer.name: layer for sample in samples for layer in sample.layout.layers}
+        names = {name for sample in samples for name in sample.layout.statistics}
+        self.layout = Layout(
+            tuple(sorted(layers.values(), key=lambda layer: layer.index)),
+            tuple(name for name in STATISTIC_NAMES if name in names),
+        )
+        self.steps = np.array([sample.step for sample in samples], dtype=np.int64)
+        self.losses = np.array([sample.loss for sample in samples], dtype=np.float64)
+        self.alerts = [alert for sample in samples for alert in sample.alerts]
+        self.events = [event for sample in samples for event in sample.events]
         self.settings = dict(settings or {})
-        self._samples = samples
+        self.judged = tuple(samples if judged is None else judged)
+        positions: dict[Layout, Any] = {}
+        self._samples = np.full((len(samples), self.layout.size), np.nan, dtype=np.float32)
+        for row, sample in zip(self._samples, samples, strict=True):
+            if sample.layout not in positions:
+                positions[sample.layout] = self.layout.positions_in(sample.layout)
+            row[:] = rearrange(sample.values, positions[sample.layout], missing=np.nan)
+        self._samples[np.isinf(self._samples)] = np.nan
 
     @classmethod
     def open(cls, path: str | Path) -> History:
@@ -65,29 +78,23 @@ class History:
             path: the monitor's output directory, the Trainer's (which holds `incoherence/`), or the history folder.
 
         Raises:
-            HistoryError: if there is no history, or one from a newer version of this package.
+            HistoryError: if there is no history, a damaged one, or one from a newer version of this package.
         """
-        folder = _find_folder(Path(path))
-        segments = [segment for file in sorted(folder.glob(f"*{_SUFFIX}")) if (segment := _read(file)) is not None]
-        if not segments:
+        folder = find_folder(Path(path))
+        attempts = [attempt for file in sorted(folder.glob(f"*{_SUFFIX}")) if (attempt := _read(file)) is not None]
+        attempts = [attempt for attempt in attempts if attempt[2]]
+        if not attempts:
             raise HistoryError(f"The history in {folder} holds no sample yet.")
-        layers = {layer.name: layer for segment in segments for layer in segment[0].layers}
-        names = {name for segment in segments for name in segment[0].statistics}
-        layout = Layout(
-            tuple(sorted(layers.values(), key=lambda layer: layer.index)),
-            tuple(name for name in STATISTIC_NAMES if name in names),
-        )
-        rows: dict[int, tuple[NDArray[np.float32], list[Alert]]] = {}
-        for segment_layout, _, samples in segments:
-            positions = layout.positions_in(segment_layout)
-            if rows and samples[0][0] <= min(rows):
+        newest: dict[int, RecordedSample] = {}
+        judged: list[RecordedSample] = []
+        for _, _, samples in attempts:
+            first = samples[0].step
+            if newest and first <= min(newest):
                 # A run that began anew in the same folder, not one that was resumed.
-                rows.clear()
-            for step, values, alerts in samples:
-                rows[step] = (rearrange(values, positions, missing=np.nan), alerts)
-        steps = np.array(sorted(rows), dtype=np.int64)
-        matrix = np.array([rows[step][0] for step in steps], dtype=np.float32).reshape(len(steps), layout.size)
-        return cls(layout, steps, matrix, [alert for step in steps for alert in rows[step][1]], segments[-1][1])
+                newest.clear()
+            newest |= {sample.step: sample for sample in samples}
+            judged = [sample for sample in judged if sample.step < first] + samples
+        return cls([newest[step] for step in sorted(newest)], attempts[-1][1], judged=judged)
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -187,35 +194,28 @@ class HistoryWriter:
                 "give a directory that can, or output_dir=None to keep the history in memory."
             ) from error
 
-    def append(self, layout: Layout, *, step: int, values: NDArray[np.float32], alerts: Iterable[Alert]) -> None:
-        """Write one sample through to the file.
-
-        Args:
-            layout: the streams; another layout than before starts a new file.
-            step: training step.
-            values: [S] float32.
-            alerts: those this sample raised.
-        """
-        if self._writer is None or layout != self._layout:
-            self._start(layout)
+    def append(self, sample: RecordedSample) -> None:
+        """Write one sample through to the file; another layout than before starts a new one."""
+        if self._writer is None or sample.layout != self._layout:
+            self._start(sample.layout)
         try:
-            self._write(layout, step, values, alerts)
+            self._write(sample)
         except BaseException:
             # What follows a record that is only half written could not be read: the next sample starts a new file.
             self.close(whole=False)
             raise
 
-    def _write(self, layout: Layout, step: int, values: NDArray[np.float32], alerts: Iterable[Alert]) -> None:
+    def _write(self, sample: RecordedSample) -> None:
         assert self._writer is not None
-        columns: list[pa.Array] = [
-            pa.array([step], pa.int64()),
-            pa.array([time.time()], pa.float64()),
-            pa.array([json.dumps([alert.to_dict() for alert in alerts])], pa.string()),
-        ]
-        for part in layout.slices.values():
-            flat = pa.array(np.ascontiguousarray(values[part], dtype=np.float32))
+        schema = _schema(sample.layout, self._settings)
+        records = [[alert.to_dict() for alert in sample.alerts], list(map(dict, sample.commands))]
+        texts = map(json.dumps, [*records, [event.to_dict() for event in sample.events]])
+        fields = [sample.step, time.time(), sample.tick, sample.loss, *texts]
+        columns: list[pa.Array] = [pa.array([value], schema.field(at).type) for at, value in enumerate(fields)]
+        for part in sample.layout.slices.values():
+            flat = pa.array(np.ascontiguousarray(sample.values[part], dtype=np.float32))
             columns.append(pa.FixedSizeListArray.from_arrays(flat, part.stop - part.start))
-        self._writer.write_batch(pa.record_batch(columns, schema=_schema(layout, self._settings)))
+        self._writer.write_batch(pa.record_batch(columns, schema=schema))
 
     def _start(self, layout: Layout) -> None:
         self.close()
@@ -243,13 +243,22 @@ class HistoryWriter:
 
 
 def _schema(layout: Layout, settings: Mapping[str, Any]) -> pa.Schema:
-    fields = [("step", pa.int64()), ("time", pa.float64()), ("alerts", pa.string())]
+    fields = [("step", pa.int64()), ("time", pa.float64()), ("tick", pa.int64()), ("loss", pa.float64())]
+    fields += [(name, pa.string()) for name in ("alerts", "commands", "events")]
     fields += [(name, pa.list_(pa.float32(), part.stop - part.start)) for name, part in layout.slices.items()]
-    header = {"format": FORMAT_VERSION, "layers": layout.to_list(), "settings": dict(settings)}
-    return pa.schema(fields, metadata={"incoherence_monitor": json.dumps(header)})
+    header = {"format": FORMAT_VERSION, "layers": layout.to_list(), "statistics": layout.statistics}
+    return pa.schema(fields, metadata={"incoherence_monitor": json.dumps({**header, "settings": dict(settings)})})
 
 
-def _find_folder(path: Path) -> Path:
+def find_folder(path: Path) -> Path:
+    """The history folder of a run.
+
+    Args:
+        path: the monitor's output directory, the Trainer's (which holds `incoherence/`), or the history folder.
+
+    Raises:
+        HistoryError: if there is none.
+    """
     for folder in (path / FOLDER, path / "incoherence" / FOLDER, path):
         if folder.is_dir() and any(folder.glob(f"*{_SUFFIX}")):
             return folder
@@ -259,31 +268,62 @@ def _find_folder(path: Path) -> Path:
     )
 
 
-_Segment = tuple[Layout, dict[str, Any], list[tuple[int, NDArray[np.float32], list[Alert]]]]
+def newest_layout(folder: Path) -> Layout | None:
+    """The streams of a run's newest attempt, without reading its samples; None where no header is whole.
+
+    Args:
+        folder: as `find_folder` returns it.
+
+    Raises:
+        HistoryError: if the history is damaged, or from a newer version of this package.
+    """
+    for file in sorted(folder.glob(f"*{_SUFFIX}"), reverse=True):
+        found = _read(file, samples=False)
+        if found is not None:
+            return found[0]
+    return None
 
 
-def _read(file: Path) -> _Segment | None:
-    """Read one attempt up to its last whole sample; None if not even its header is whole."""
+def _read(file: Path, *, samples: bool = True) -> tuple[Layout, dict[str, Any], list[RecordedSample]] | None:
+    """Streams, settings and samples of one attempt up to the last whole one; None if its header is not whole."""
     with file.open("rb") as stream:
         try:
             reader = pa.ipc.open_stream(stream)
         except (pa.ArrowInvalid, EOFError, OSError):
             return None
-        header = json.loads((reader.schema.metadata or {}).get(b"incoherence_monitor", b"{}"))
-        if header.get("format") != FORMAT_VERSION:
+        try:
+            header = json.loads((reader.schema.metadata or {}).get(b"incoherence_monitor", b"{}"))
+            if header.get("format") != FORMAT_VERSION:
+                older = isinstance(header.get("format"), int) and header["format"] < FORMAT_VERSION
+                raise HistoryError(
+                    f"{file} has history format {header.get('format')!r}; this version reads {FORMAT_VERSION}. "
+                    + ("Read it with the version that wrote it." if older else "Update incoherence-monitor.")
+                )
+            # Without the statistics that this version does not know.
+            names = [name for name in STATISTIC_NAMES if name in header["statistics"]]
+            layout = Layout.from_list(header["layers"], names)
+            return layout, header["settings"], list(_samples(reader, layout)) if samples else []
+        except (AttributeError, KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
             raise HistoryError(
-                f"{file} has history format {header.get('format')!r}; this version reads {FORMAT_VERSION}. "
-                "Update incoherence-monitor."
-            )
-        layout = Layout.from_list(header["layers"], [name for name in STATISTIC_NAMES if name in reader.schema.names])
-        samples = []
-        while True:
-            try:
-                batch = reader.read_next_batch()
-            except (StopIteration, pa.ArrowInvalid, EOFError, OSError):
-                # The end of the file, or of what has been written of it so far.
-                break
-            values = [batch.column(name).flatten().to_numpy() for name in layout.statistics]
-            alerts = [Alert.from_dict(alert) for alert in json.loads(batch.column("alerts")[0].as_py())]
-            samples.append((batch.column("step")[0].as_py(), np.concatenate(values), alerts))
-    return (layout, header["settings"], samples) if samples else None
+                f"{file} is damaged ({type(error).__name__}: {error}); move it out of the folder to read the rest."
+            ) from error
+
+
+def _samples(reader: pa.RecordBatchStreamReader, layout: Layout) -> Iterator[RecordedSample]:
+    while True:
+        try:
+            batch = reader.read_next_batch()
+        except (StopIteration, pa.ArrowInvalid, EOFError, OSError):
+            # The end of the file, or of what has been written of it so far.
+            return
+        texts = {name: json.loads(batch.column(name)[0].as_py()) for name in ("alerts", "commands", "events")}
+        yield RecordedSample(
+            step=batch.column("step")[0].as_py(),
+            layout=layout,
+            values=np.concatenate([batch.column(name).flatten().to_numpy() for name in layout.slices]),
+            tick=batch.column("tick")[0].as_py(),
+            alerts=tuple(map(Alert.from_dict, texts["alerts"])),
+            loss=batch.column("loss")[0].as_py(),
+            commands=tuple(texts["commands"]),
+            events=tuple(map(Event.from_dict, texts["events"])),
+        )

@@ -1,19 +1,34 @@
-"""The text of an alert: what happened, what that usually means, what to do next.
+"""The text of an alert: what happened and whether the loss shows it, what that usually means, what to do next.
 
 Layer 2: imports records and stats.
 """
 
 from __future__ import annotations
 
-from .records import AlertKind, LayerInfo, head_label
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .records import Alert, AlertKind, LayerInfo, head_label
 from .stats import HeadKind, statistic
 
-_CAUSES: dict[AlertKind, str] = {
-    "key": "this head's key weights, key bias, learning rate or optimizer state",
-    "query": "this head's query weights, learning rate or optimizer state",
-    "layer": "what this layer alone shares: its input norm, its projections, its parameter group",
-    "model": "what every head shares: learning rate, data, precision, attention kernel",
-}
+COLLECTED_FROM = 4
+"""So many warnings of one sample are told together."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What an alert says beside what was found.
+
+    Attributes:
+        cause: the likely cause and where to look first.
+        loss: how the loss stands, empty where it is not known.
+        checkpoint: the last checkpoint before the onset, empty where none is known.
+    """
+
+    cause: str = ""
+    loss: str = ""
+    checkpoint: str = ""
 
 
 def where(kind: AlertKind, layer: LayerInfo | None, head: int | None) -> str:
@@ -31,46 +46,143 @@ def _number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def _loss(around: Surroundings, kind: AlertKind) -> str:
+    quiet = kind in ("key", "query") and "has not moved" in around.loss
+    return f"; {around.loss}" + (", as with most broken heads" if quiet else "") if around.loss else ""
+
+
+def _checkpoint(around: Surroundings, since_step: int) -> str:
+    if around.checkpoint:
+        return f"{around.checkpoint}, the last checkpoint before it"
+    return f"the last checkpoint before step {since_step}"
+
+
+def request(verb: str, run: str, layer: str | None, label: str | None) -> str:
+    """The command, or where the run writes no folder the call, that mutes or accepts a head, a layer or the model."""
+    if run:
+        words = ["incoherence-monitor", verb, run]
+        words += ["--layer", layer] if layer is not None else []
+        words += ["--head", label] if label is not None else []
+        return shlex.join(words)
+    given = [f"layer={layer!r}"] if layer is not None else []
+    given += [f"head={label!r}"] if label is not None else []
+    return f"monitor.{verb}({', '.join(given)})"
+
+
 def drift_message(
-    place: str, kind: AlertKind, name: str, *, value: float, baseline: float, deviation: float, since_step: int
+    place: str,
+    kind: AlertKind,
+    name: str,
+    *,
+    value: float,
+    baseline: float,
+    deviation: float,
+    since_step: int,
+    around: Surroundings,
+    mute: str,
 ) -> str:
     """An adaptive rule fired."""
-    row = statistic(name)
-    meaning = row.high if deviation > 0 else row.low
     change = f"{value / baseline:.2f} times" if baseline > 0 else "off"
+    next_step = (
+        f"Compare its weights and optimizer state with {_checkpoint(around, since_step)}"
+        if kind in ("key", "query")
+        else f"If the loss follows, go back to {_checkpoint(around, since_step)}"
+    )
     return (
-        f"{place}: {row.title} is {_number(value)} where {_number(baseline)} was expected ({change}, "
-        f"{deviation:+.1f} robust standard deviations), since about step {since_step}. "
-        f"Usually {meaning}; look first at {_CAUSES[kind]}. "
-        f"Compare its weights and optimizer state with the last checkpoint before step {since_step}."
+        f"{place}: {statistic(name).title} is {_number(value)} where {_number(baseline)} was expected ({change}, "
+        f"{deviation:+.1f} robust standard deviations), since about step {since_step}{_loss(around, kind)}. "
+        f"Probably {around.cause}. {next_step}; to silence it: {mute}"
     )
 
 
-def non_finite_message(place: str, kind: AlertKind, since_step: int, *, others: int) -> str:
+def non_finite_message(
+    place: str, kind: AlertKind, since_step: int, *, others: int, around: Surroundings, mute: str
+) -> str:
     """A head received NaN or infinite queries, keys or values; so did `others` in later layers."""
     what = {"key": "its keys or values are", "query": "its queries are"}.get(kind, "queries, keys or values are")
-    spread = f" It is the earliest; {others} heads of later layers are not finite either." if others else ""
+    spread = f" (the earliest; {others} heads of later layers are not finite either)" if others else ""
     return (
-        f"{place}: {what} NaN or infinite at step {since_step}.{spread} Usually an overflow in low precision, a bad "
-        f"batch or a broken kernel upstream: stop and resume from a checkpoint before step {since_step}."
+        f"{place}: {what} NaN or infinite at step {since_step}{spread}{_loss(around, kind)}. Probably an overflow in "
+        "low precision, a bad batch or a broken kernel upstream. "
+        f"Stop and resume from {_checkpoint(around, since_step)}; to silence it: {mute}"
     )
 
 
-def runaway_message(place: str, value: float, bound: float, since_step: int) -> str:
+def runaway_message(
+    place: str, kind: AlertKind, value: float, bound: float, since_step: int, *, around: Surroundings, mute: str
+) -> str:
     """The centred logits passed the absolute bound."""
     return (
         f"{place}: the centred attention logits have a standard deviation of {_number(value)} nats at step "
-        f"{since_step}, above the bound of {_number(bound)}: attention is all but one-hot and entropy collapses. "
-        "Usually the learning rate is too high or there is no warm-up; lower it or add QK-norm before the loss follows."
+        f"{since_step}, above the bound of {_number(bound)}, so that attention is all but one-hot{_loss(around, kind)}."
+        " Probably the learning rate is too high or there is no warm-up. Lower it or add QK-norm, from "
+        f"{_checkpoint(around, since_step)}; to silence it: {mute}"
     )
 
 
-def shift_message(place: str, precision: str, value: float, bound: float, since_step: int) -> str:
+def shift_message(
+    place: str,
+    kind: AlertKind,
+    precision: str,
+    value: float,
+    bound: float,
+    since_step: int,
+    *,
+    around: Surroundings,
+    mute: str,
+) -> str:
     """The gradient of the keys does not sum to zero."""
     underflow = " or scale the loss, since float16 gradients underflow" if precision == "float16" else ""
     return (
         f"{place}: the gradient of the keys does not sum to zero at step {since_step}: shift residual "
-        f"{_number(value)}, where {precision} leaves at most {_number(bound)}. The attention backward is numerically "
-        "wrong, whatever the data (as in arXiv 2510.04212), unless attention here is no plain softmax: compare with "
-        f"another attn_implementation, such as eager, or run attention in float32{underflow}."
+        f"{_number(value)}, where {precision} leaves at most {_number(bound)}{_loss(around, kind)}. The attention "
+        "backward is numerically wrong, whatever the data (as in arXiv 2510.04212), unless attention here is no plain "
+        "softmax. Compare with another attn_implementation, such as eager, or run attention in "
+        f"float32{underflow}, from {_checkpoint(around, since_step)}; to silence it: {mute}"
     )
+
+
+def closed_message(place: str, since_step: int, step: int) -> str:
+    """An episode is over by itself."""
+    return f"{place} is back to its baseline at step {step}; the drift since about step {since_step} is over."
+
+
+def settled_message(place: str, since_step: int, samples: int) -> str:
+    """An episode was accepted by itself."""
+    return (
+        f"{place} has come to rest at another level since about step {since_step} and is accepted there after "
+        f"{samples} samples: its baseline starts anew. If no change of data or schedule explains it, it is broken."
+    )
+
+
+def accepted_message(place: str, since_step: int) -> str:
+    """An episode was closed by a user."""
+    return f"{place} was accepted as it is; its alert since about step {since_step} is over and its baseline anew."
+
+
+def collect(alerts: Sequence[Alert]) -> list[Alert]:
+    """What is told to people of one sample: critical alerts one by one, many warnings as one.
+
+    Args:
+        alerts: all that the sample raised.
+
+    Returns:
+        Alerts to be shown; many warnings are one whose text names every head, after the one that is furthest off.
+    """
+    warnings = [alert for alert in alerts if alert.severity == "warning"]
+    if len(warnings) < COLLECTED_FROM:
+        return list(alerts)
+    worst = max(warnings, key=lambda alert: abs(alert.deviation))
+    labels = [_label(alert) for alert in warnings]
+    told = replace(
+        worst,
+        message=f"{len(warnings)} heads have left their baselines at step {worst.step}: {', '.join(labels)}. "
+        f"The furthest: {worst.message}",
+    )
+    return [told if alert is worst else alert for alert in alerts if alert is worst or alert.severity == "critical"]
+
+
+def _label(alert: Alert) -> str:
+    if alert.layer_index is None or alert.head is None or alert.kind not in ("key", "query"):
+        return alert.layer or "the model"
+    return head_label(alert.layer_index, "key" if alert.kind == "key" else "query", alert.head)

@@ -22,6 +22,7 @@ from .config import MonitorConfig, as_sequence, check_count
 from .coverage import Coverage
 from .dashboard import Dashboard
 from .errors import SettingError
+from .inbox import Inbox
 from .judge import Judge
 from .ops import check_shapes
 from .pipeline import Pipeline
@@ -29,6 +30,7 @@ from .records import Alert
 from .reporting import Reporter
 from .sampling import WindowSampler
 from .state import STATE_FORMAT, baselines_hold, check_state, fingerprint
+from .steering import Steering
 from .trackers import Tracker
 from .watching import attach, coverage, describe_layer, holding, run_probe, tell_unseen
 
@@ -39,7 +41,7 @@ SAMPLES_IN_MEMORY = 1000
 """Samples that the history keeps where there is no output directory."""
 
 
-class IncoherenceMonitor:
+class IncoherenceMonitor(Steering):
     """Watches the attention heads of one model while it trains.
 
     Every `every` steps it takes the queries, keys and values each head used, computes the statistics of METRICS.md,
@@ -102,16 +104,18 @@ class IncoherenceMonitor:
         self._last_step = -1
         self._armed = False
         self._closed = False
+        run = "" if self.output_dir is None else str(self.output_dir.absolute())
         self._dashboard = Dashboard(
             as_sequence("trackers", trackers) if rank == 0 else (),
             self._reporter,
             directory=self.output_dir if rank == 0 else None,
-            settings={"every": self.every, **self.config.to_dict()},
+            settings={"every": self.every, "run": run, **self.config.to_dict()},
             keep_in_memory=SAMPLES_IN_MEMORY,
         )
         self._pipeline = Pipeline(
-            self._sampler, Judge(self.config), self._dashboard, self._reporter,
+            self._sampler, Judge(self.config, run=run), self._dashboard, self._reporter,
             rank=rank, world_size=self._world_size, on_alert=on_alert,
+            inbox=Inbox(self.output_dir, self._reporter) if rank == 0 and self.output_dir is not None else None,
         )  # fmt: skip
 
     @contextmanager
@@ -252,15 +256,10 @@ class IncoherenceMonitor:
         """
         return self._dashboard.history()
 
-    @property
-    def confirmed_critical(self) -> bool:
-        """Whether a critical alert is open and was seen again at a second sample; alike on every rank, or False."""
-        judge = self._pipeline.judge
-        return judge.layout is not None and judge.book.confirmed_critical and self._pipeline.decides_alike
-
     def coverage(self) -> Coverage:
         """Which layers are watched, which are not and why, what was skipped, and what failed; each with its count."""
-        return coverage(self._capture, self._sampler, self._reporter, self._pipeline.refused)
+        muted = self._pipeline.judge.mutes.words()
+        return coverage(self._capture, self._sampler, self._reporter, self._pipeline.refused, muted, self.armed())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything later judgements depend on: tensors and plain values, fit for `torch.save`. Flushes first."""

@@ -3,7 +3,7 @@
 A sample is taken up when the next one begins, or at flush, checkpoint or close, alike on every rank; never when a
 thread happens to be ready. So alerts depend on steps and data alone.
 
-Layer 4: imports agreement, judge, dashboard, distributed, sampling, sums.
+Layer 4: imports agreement, commands, judge, dashboard, distributed, inbox, sampling, sums.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from . import distributed
 from .agreement import Holding
 from .capture import AttentionInput
 from .capture.gradients import Ask
+from .commands import Command, Selection, from_dict, to_dict
 from .dashboard import Dashboard, sample_metrics
 from .errors import ModelError
+from .inbox import Inbox
 from .judge import Judge, JudgedSample
 from .records import Alert, LayerInfo
 from .reporting import Reporter
 from .sampling import WindowSampler
 from .sharding import TensorPart
-from .sums import SampleSums
+from .sums import RecordedLosses, SampleSums
 
 
 class Clock:
@@ -73,6 +75,7 @@ class Pipeline:
         rank: int,
         world_size: int,
         on_alert: Callable[[Alert], None] | None,
+        inbox: Inbox | None = None,
     ) -> None:
         """Join the parts.
 
@@ -84,6 +87,7 @@ class Pipeline:
             rank: this process.
             world_size: number of processes that share a sample.
             on_alert: the user's function, called with every alert on rank 0.
+            inbox: where commands from outside lie, on rank 0.
         """
         self.judge = judge
         self.clock = Clock()
@@ -95,6 +99,9 @@ class Pipeline:
         self._pending: tuple[int, Future[SampleSums]] | None = None
         self._worker: ThreadPoolExecutor | None = None
         self._shared = distributed.SharedLayout(sampler, reporter)
+        self.losses = RecordedLosses()
+        self._inbox = inbox
+        self._commands: list[Command] = []
 
     @property
     def decides_alike(self) -> bool:
@@ -190,10 +197,14 @@ class Pipeline:
         except Exception as error:  # A rank that failed still enters the collective below, with count 0.
             self._reporter.failed("computing a sample", error)
             sums = self._sampler.empty()
+        self._reporter.guard("reading commands", lambda: self._look_for_commands(step))
+        sums = self._with_loss(sums)
         if self._world_size > 1:
-            sums = self._shared.add(sums)
+            sums, told = self._shared.add(sums, [to_dict(command) for command in self._commands])
             if self.stopped:
                 return
+            if sums.layout.size:
+                self._commands = [from_dict(values) for values in told]
         self.samples += 1
         if sums.layout.size == 0:
             # Nothing has been seen yet, which has been told already.
@@ -205,10 +216,31 @@ class Pipeline:
             self._sampler.skipped["heads without a gradient of their keys"] += without
         self._sampler.note(sums)
         self._tell_if_nothing_fits(sums)
-        self.latest = self.judge.judge(sums, step=step)
+        commands, self._commands = self._commands, []
+        self.latest = self.judge.judge(sums, step=step, commands=commands)
         self.alerts.extend(self.latest.alerts)
         if self._rank == 0:
             self._publish(self.latest)
+
+    def ask(self, command: Command) -> None:
+        """Let a command take effect with the next sample that is judged.
+
+        Raises:
+            SettingError: if it is about nothing that has been seen.
+        """
+        if isinstance(command, Selection) and self.judge.layout is not None:
+            command.check(self.judge.layout)
+        self._commands.append(command)
+
+    def _look_for_commands(self, step: int) -> None:
+        if self._inbox is not None:
+            self._commands += self._inbox.take(self.judge.layout, step=step)
+
+    def _with_loss(self, sums: SampleSums) -> SampleSums:
+        """This rank's sample with the loss recorded since the one before; read from the device here alone."""
+        found: list[float] = []
+        self._reporter.guard("reading the loss", lambda: found.extend(self.losses.take()))
+        return replace(sums, loss=sum(found), losses=len(found))
 
     def _tell_if_nothing_fits(self, sums: SampleSums) -> None:
         if self.samples == 1 and sums.layout.size and not sums.windows.any() and not sums.non_finite.any():
@@ -239,6 +271,8 @@ class Pipeline:
         return {
             "samples": self.samples,
             "alerts": [alert.to_dict() for alert in self.alerts],
+            "commands": [to_dict(command) for command in self._commands],
+            "losses": self.losses.state_dict(),
             "sampler": self._sampler.state_dict(),
             "judge": self.judge.state_dict(),
         }
@@ -247,6 +281,10 @@ class Pipeline:
         """Restore what `state_dict` returned; without `baselines` the judge starts anew."""
         self.samples = state["samples"]
         self.alerts[:] = [Alert.from_dict(alert) for alert in state["alerts"]]
+        self._commands = [from_dict(values) for values in state["commands"]]
+        self.losses.load_state_dict(state["losses"])
+        if self._inbox is not None:
+            self._inbox.restore(after=state["last_step"])
         if baselines:
             if self._sampler.load_state_dict(state["sampler"]):
                 self._reporter.notice("processes changed", distributed.PROCESSES_CHANGED)

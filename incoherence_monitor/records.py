@@ -1,4 +1,4 @@
-"""The records that rooms hand to each other: a layer, the layout of streams, an alert.
+"""The records that rooms hand to each other: a layer, the layout of streams, an alert, a sample on record.
 
 A **stream** is one statistic of one head; a sample is one number per stream. Records hold no logic beyond naming.
 
@@ -23,6 +23,7 @@ BoolArray = NDArray[np.bool_]
 
 AlertKind = Literal["key", "query", "layer", "model"]
 Severity = Literal["warning", "critical"]
+EventKind = Literal["closed", "settled", "muted", "accepted"]
 
 SHIFT_BOUNDS = {"float64": 1e-5, "float32": 1e-5, "tf32": 2.5e-3, "float16": 2.5e-3, "bfloat16": 2e-2}
 """Largest shift residual of a sound attention backward by the precision it runs in: at least ten times the largest that
@@ -111,6 +112,16 @@ class Layout:
         """Head of every stream, [S]."""
         return self._per_stream(lambda row, at: range(self.layers[at].heads(row.kind)))
 
+    @cached_property
+    def stream_key_head(self) -> IntArray:
+        """Key head of every stream, that which a query head is paired with, [S]."""
+        return self._per_stream(
+            lambda row, at: [
+                head if row.kind == "key" else self.layers[at].key_head_of(head)
+                for head in range(self.layers[at].heads(row.kind))
+            ]
+        )
+
     def _per_stream(self, values: Any) -> IntArray:
         rows = [values(row, at) for row in self.rows for at in range(len(self.layers))]
         return np.array([value for row in rows for value in row], dtype=np.int64)
@@ -191,6 +202,68 @@ class Alert:
     def from_dict(cls, values: Mapping[str, Any]) -> Alert:
         """The inverse of `to_dict`; keys it does not know are ignored, so that newer histories stay readable."""
         return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Event:
+    """What became of an episode, or what a user asked for.
+
+    Attributes:
+        step: training step of the sample with which it took effect.
+        event: "closed" (an episode is over), "settled" (it was accepted by itself at a new level), "muted" or
+            "accepted" (a user asked for it).
+        since_step: estimated onset of the episode; -1 where there is none.
+        layer: qualified name of the layer; None for the model, and for what covers several.
+        kind: as in `Alert`; None for what a user asked for.
+        head: the head; None for a layer or the model.
+        statistic: the statistic; None for all.
+        message: the same in a sentence.
+        told: whether the episode had raised an alert; one that was muted has not.
+    """
+
+    step: int
+    event: EventKind
+    since_step: int
+    layer: str | None
+    kind: AlertKind | None
+    head: int | None
+    statistic: str | None
+    message: str
+    told: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Event:
+        """The inverse of `to_dict`; keys it does not know are ignored."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class RecordedSample:
+    """One sample as the history holds it: all that judgement needs, and what it made of it.
+
+    Attributes:
+        step: training step.
+        layout: the streams.
+        values: [S] float32 statistics; NaN where undefined, infinite where the head received NaN or infinite values.
+        tick: number of samples judged before it by the same judge; at 0 the judge has begun anew.
+        alerts: those raised by it.
+        loss: mean loss since the sample before, infinite if that was not finite, NaN if not known.
+        commands: what took effect with it (`commands.Command.to_dict`).
+        events: what became of episodes with it.
+    """
+
+    step: int
+    layout: Layout
+    values: NDArray[np.float32]
+    tick: int = 0
+    alerts: tuple[Alert, ...] = ()
+    loss: float = float("nan")
+    commands: tuple[Mapping[str, Any], ...] = ()
+    events: tuple[Event, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ from .ops import spectral_statistics
 from .records import BoolArray, FloatArray, LayerInfo, Layout
 from .stats import STATISTIC_NAMES, HeadKind, statistic
 
+LOSSES_HELD = 256
+"""Losses kept between two samples, the newest; steps between samples are fewer."""
+
 
 @dataclass(frozen=True)
 class SampleSums:
@@ -29,6 +32,8 @@ class SampleSums:
         count: [S] windows in that sum.
         non_finite: [S] windows in which the stream's head received NaN or infinite values.
         too_short: windows that could not be taken because no sequence was long enough.
+        loss: sum of the mean losses that ranks have recorded since the sample before; infinite if one is not finite.
+        losses: number of ranks in that sum.
     """
 
     layout: Layout
@@ -36,6 +41,8 @@ class SampleSums:
     count: FloatArray
     non_finite: FloatArray
     too_short: int
+    loss: float = 0.0
+    losses: int = 0
 
     @property
     def windows(self) -> FloatArray:
@@ -45,6 +52,40 @@ class SampleSums:
             if row.gradient:
                 result[self.layout.slices[row.name]] = 0
         return result
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss over ranks, NaN if none has recorded any."""
+        return self.loss / self.losses if self.losses else float("nan")
+
+
+class RecordedLosses:
+    """Losses as training hands them over, left on their device until a sample is judged."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._held: list[Tensor | float] = []
+
+    def add(self, loss: Tensor | float) -> None:
+        """Take a loss, one number; a tensor is copied, since training may go on to change it in place."""
+        self._held = self._held[-(LOSSES_HELD - 1) :]
+        self._held.append(loss.detach().clone() if isinstance(loss, Tensor) else float(loss))
+
+    def take(self) -> list[float]:
+        """The mean of those held, which are let go; none if there is none, infinite if it is not finite."""
+        held, self._held = self.state_dict(), []
+        if not held:
+            return []
+        mean = float(np.mean(held))
+        return [mean if np.isfinite(mean) else float("inf")]
+
+    def state_dict(self) -> list[float]:
+        """Those held, as numbers."""
+        return [float(loss) for loss in self._held]
+
+    def load_state_dict(self, state: list[float]) -> None:
+        """Hold what `state_dict` returned."""
+        self._held = list(state)
 
 
 Held = list[tuple[int, tuple[str, ...]]]

@@ -6,7 +6,7 @@ sharding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
@@ -166,7 +166,12 @@ def tell_unseen(capture: ModelCapture, step: int, reporter: Reporter) -> None:
 
 
 def coverage(
-    capture: ModelCapture | None, sampler: WindowSampler, reporter: Reporter, refused: Mapping[str, str]
+    capture: ModelCapture | None,
+    sampler: WindowSampler,
+    reporter: Reporter,
+    refused: Mapping[str, str],
+    muted: Sequence[str] = (),
+    armed: Mapping[str, str] | None = None,
 ) -> Coverage:
     """Say which layers are watched, which are not and why, what was skipped, and what failed.
 
@@ -175,6 +180,8 @@ def coverage(
         sampler: what has taken windows.
         reporter: what has been told.
         refused: layers that ranks cannot share, with why.
+        muted: what raises no alert now.
+        armed: of each statistic, how much has an honest baseline.
     """
     skipped = dict(sampler.skipped)
     taken = {name for name, plan in sampler.plans.items() if any(sum(part) for part in plan.parts)}
@@ -202,4 +209,6 @@ def coverage(
         dict(reporter.failures),
         dict(reporter.notices),
         ways,
+        tuple(muted),
+        dict(armed or {}),
     )

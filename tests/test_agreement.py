@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -146,10 +148,13 @@ def test_messages_add_as_samples_do():
             names = [name for name in layout.slices if len(layout.heads(name)) == (2 if kind == "key" else 4)]
             for name in names[1:]:
                 each.non_finite[layout.slices[name]] = each.non_finite[layout.slices[names[0]]]
-    added, splits = unpack(pack(first, None) + pack(second, 1), layout)
+    first, second = replace(first, loss=2.5, losses=1), replace(second, loss=1.5, losses=1)
+    added, splits, commands = unpack(pack(first, None, commands=2) + pack(second, 1), layout)
     assert added.total == pytest.approx(first.total + second.total, rel=1e-5)
     assert (added.count == first.count + second.count).all()
     assert (added.non_finite == first.non_finite + second.non_finite).all()
     assert added.too_short == 6
     assert splits == [1]
-    assert pack(first, None).nbytes == 4 * (2 * layout.size + 6 + 1 + len(SPLIT_SEQUENCES))
+    assert commands == 2
+    assert added.mean_loss == 2.0
+    assert pack(first, None).nbytes == 4 * (2 * layout.size + 6 + 4 + len(SPLIT_SEQUENCES))

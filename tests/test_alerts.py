@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from incoherence_monitor import Alert, MonitorConfig
 from incoherence_monitor.alerts import AlertBook
+from incoherence_monitor.commands import Accept, Mute
 from incoherence_monitor.findings import MODEL, Finding, find, group
 from incoherence_monitor.judge import Judge
 from incoherence_monitor.records import LayerInfo, Layout
@@ -233,3 +236,87 @@ def test_what_is_not_finite_is_told_where_it_began():
     alerts = Judge(MonitorConfig()).judge(sums(np.where(bad > 0, np.nan, 0.0), bad), step=0).alerts
     assert [(alert.kind, alert.layer_index, alert.head) for alert in alerts] == [("key", 1, 0)]
     assert "4 heads of later layers are not finite either" in alerts[0].message
+
+
+BFLOAT16 = tuple(LayerInfo(f"layer{at}", at, 4, 2, 16, window=64, precision="bfloat16") for at in range(3))
+
+
+def shifted(judge, step, residuals, *commands, layers=BFLOAT16):
+    """One sample in which the backward of some (layer, key head) is wrong."""
+    layout = Layout(layers)
+    values = np.ones(layout.size, dtype=np.float32)
+    values[layout.slices["shift_residual"]] = 1e-3
+    for place, value in residuals.items():
+        values[layout.slices["shift_residual"].start + layout.heads("shift_residual").index(place)] = value
+    return judge.judge_values(layout, values, step=step, commands=commands)
+
+
+def test_a_shift_residual_pages_at_once_and_says_what_to_do():
+    judge = Judge(MonitorConfig())
+    (alert,) = shifted(judge, 3, {("layer1", 0): 0.05}).alerts
+    assert (alert.severity, alert.kind, alert.layer_index, alert.head) == ("critical", "key", 1, 0)
+    assert (alert.value, alert.baseline) == (pytest.approx(0.05), 0.02)
+    for words in (
+        "does not sum to zero at step 3: shift residual 0.05, where bfloat16 leaves at most 0.02",
+        "another attn_implementation",
+        "from the last checkpoint before step 3; to silence it: monitor.mute(layer='layer1', head='KV00')",
+    ):
+        assert words in alert.message, (words, alert.message)
+    # One to three sentences.
+    assert alert.message.count(". ") <= 2
+    assert not shifted(judge, 4, {("layer1", 0): 0.05}).alerts
+    assert judge.book.confirmed_critical
+
+
+def test_a_muted_shift_residual_is_told_when_the_mute_is_over():
+    judge = Judge(MonitorConfig())
+    assert not shifted(judge, 0, {("layer1", 0): 0.05}, Mute("layer1", "KV00", samples=2)).alerts
+    assert not shifted(judge, 1, {("layer1", 0): 0.05}).alerts
+    assert not judge.book.confirmed_critical
+    assert [alert.step for alert in [*shifted(judge, 2, {("layer1", 0): 0.05}).alerts]] == [2]
+
+
+@pytest.mark.parametrize("statistic", [None, "shift_residual"])
+def test_an_accepted_shift_residual_is_allowed_twice_its_value(statistic):
+    judge = Judge(MonitorConfig())
+    wrong = {("layer1", 0): 0.05}
+    assert len(shifted(judge, 0, wrong).alerts) == 1
+    sample = shifted(judge, 1, wrong, Accept("layer1", "KV00", statistic))
+    assert [event.event for event in sample.recorded.events] == ["accepted", "accepted"]
+    assert not sample.alerts
+    assert not judge.book.episodes
+    assert not shifted(judge, 2, {("layer1", 0): 0.09}).alerts
+    # Another layer that is seen for the first time takes nothing back, nor does a checkpoint.
+    second = Judge(MonitorConfig())
+    second.load_state_dict(judge.state_dict())
+    more = (*BFLOAT16, LayerInfo("late", 3, 4, 2, 16, window=64, precision="bfloat16"))
+    assert not shifted(second, 3, {("layer1", 0): 0.09}, layers=more).alerts
+    found = shifted(second, 4, {("layer1", 0): 0.11, ("layer0", 1): 0.05, ("late", 0): 0.05}, layers=more).alerts
+    assert [(alert.layer, alert.head, alert.baseline) for alert in found] == [
+        ("layer0", 1, pytest.approx(0.02)),
+        ("layer1", 0, pytest.approx(0.1)),
+        ("late", 0, pytest.approx(0.02)),
+    ]
+
+
+def test_what_was_accepted_holds_for_the_precision_it_was_accepted_in():
+    judge = Judge(MonitorConfig())
+    shifted(judge, 0, {("layer1", 0): 0.05}, Accept())
+    exact = tuple(replace(layer, precision="float32") for layer in BFLOAT16)
+    everywhere = {(layer.name, head): 1e-6 for layer in exact for head in range(2)}
+    (alert,) = shifted(judge, 1, everywhere | {("layer1", 0): 0.05}, layers=exact).alerts
+    assert (alert.layer, alert.baseline) == ("layer1", 1e-5)
+
+
+def test_accepting_makes_no_bound_where_attention_is_not_invariant():
+    bent = tuple(replace(layer, shift_invariant=False) for layer in BFLOAT16)
+    judge = Judge(MonitorConfig())
+    shifted(judge, 0, {("layer1", 0): 0.05}, Accept(), layers=bent)
+    assert not shifted(judge, 1, {("layer1", 0): 0.5}, layers=bent).alerts
+
+
+def test_a_statistic_that_other_processes_do_not_record_is_never_armed():
+    judge = Judge(MonitorConfig(statistics=("key_norm", "logit_max")))
+    shifted(judge, 0, {})
+    assert judge.armed()["logit_max"] == "not judged: not every process records it"
+    assert "need 24 samples" in judge.armed()["key_norm"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip("accelerate")
 
 from incoherence_monitor import Alert, History, IncoherenceCallback, MonitorConfig
 from incoherence_monitor.errors import ModelError, SettingError, StateError
+from incoherence_monitor.replay import replay
 from incoherence_monitor.trackers import InMemoryTracker
 
 from .models import batches, tiny_model, weights
@@ -61,12 +63,17 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def plain(alerts, folder):
+    """Alerts without the folder of their run, which their texts name."""
+    return [replace(alert, message=alert.message.replace(str(folder), "RUN")) for alert in alerts]
+
+
 def same_history(left: History, right: History) -> None:
     assert left.steps.tolist() == right.steps.tolist()
     for name in left.statistics:
         assert left.heads(name) == right.heads(name)
         np.testing.assert_array_equal(left.values(name), right.values(name))
-    assert left.alerts == right.alerts
+    np.testing.assert_array_equal(left.losses, right.losses)
 
 
 def test_trains_bit_identically_and_writes_history(tmp_path):
@@ -124,9 +131,14 @@ def test_a_resumed_run_judges_as_one_that_never_stopped(unbroken_run, tmp_path, 
     )  # fmt: skip
     # An explicit path.
     trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
-    assert callback.monitor.alerts == monitor.alerts
-    assert told == [alert for alert in monitor.alerts if alert.step >= stop]
+    expected = plain(monitor.alerts, whole)
+    assert "RUN/checkpoint-30, the last checkpoint before it" in expected[0].message
+    assert "the loss is" in expected[0].message
+    assert plain(callback.monitor.alerts, tmp_path) == expected
+    assert plain(told, tmp_path) == [alert for alert in expected if alert.step >= stop]
     same_history(History.open(tmp_path), History.open(whole))
+    assert plain(History.open(tmp_path).alerts, tmp_path) == plain(History.open(whole).alerts, whole)
+    assert list(replay(History.open(tmp_path)).alerts) == callback.monitor.alerts
     assert not callback.monitor.coverage().failures
 
 
@@ -135,7 +147,8 @@ def test_state_is_found_in_the_folder_it_was_saved_in(unbroken_run, tmp_path):
     callback = IncoherenceCallback(every=1, config=CONFIG)
     trainer = make_trainer(tmp_path, callback=callback, break_at=36)
     trainer.train(resume_from_checkpoint=str(whole / "checkpoint-40"))
-    assert callback.monitor.alerts == monitor.alerts
+    expected = plain(monitor.alerts, whole)
+    assert plain(plain(callback.monitor.alerts, tmp_path), whole) == expected
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed", "none"])
@@ -354,3 +367,35 @@ def test_state_files_go_with_their_checkpoints(tmp_path):
     make_trainer(tmp_path, steps=12, callback=callback, save_strategy="steps", save_steps=2, save_total_limit=2).train()
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
     assert len(list((tmp_path / "incoherence" / "state").glob("*.pt"))) <= 3
+
+
+def test_the_newest_clean_checkpoint_survives_rotation(tmp_path):
+    callback = IncoherenceCallback(every=1, config=CONFIG, keep_clean_checkpoint=True)
+    arguments = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1}
+    make_trainer(tmp_path, steps=60, callback=callback, break_at=36, **arguments).train()
+    held = sorted((tmp_path / "incoherence" / "clean").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    # All of rotation's own, and before the fault at most two of ours, each whole.
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-60"]
+    steps = [int(path.name.split("-")[1]) for path in held]
+    alert = callback.monitor.alerts[0]
+    assert 1 <= len(held) <= 2
+    assert steps[-1] < alert.since_step
+    # The one that was held when the alert was raised.
+    assert f"{held[0]}, the last checkpoint before it" in alert.message or str(held[-1]) in alert.message
+    resumed = IncoherenceCallback(every=1, config=CONFIG, keep_clean_checkpoint=True)
+    trainer = make_trainer(tmp_path, steps=steps[-1] + 6, callback=resumed, **arguments)
+    trainer.train(resume_from_checkpoint=str(held[-1]))
+    # Its monitor's state has survived too.
+    assert resumed.monitor.samples == steps[-1] + 6
+    assert not resumed.monitor.coverage().failures
+
+
+def test_without_being_asked_nothing_is_held(tmp_path):
+    callback = IncoherenceCallback(every=1, config=CONFIG)
+    make_trainer(
+        tmp_path, steps=44, callback=callback, break_at=36, save_strategy="steps", save_steps=4, save_total_limit=1
+    ).train()
+    assert not (tmp_path / "incoherence" / "clean").exists()
+    # No checkpoint before the onset is left, and none is named.
+    assert "checkpoint-" not in callback.monitor.alerts[0].message
+    assert "the last checkpoint before step" in callback.monitor.alerts[0].message

@@ -13,7 +13,7 @@ import pytest
 from incoherence_monitor import Alert, History
 from incoherence_monitor.errors import HistoryError, SettingError
 from incoherence_monitor.history import HistoryWriter
-from incoherence_monitor.records import LayerInfo, Layout
+from incoherence_monitor.records import Event, LayerInfo, Layout, RecordedSample
 
 LAYOUT = Layout((LayerInfo("first", 0, 4, 2, 16, window=64), LayerInfo("second", 1, 2, 2, 8, window=64)))
 ALERT = Alert(3, 2, "first", 0, "key", 1, "key_norm", 2.0, 1.0, 6.5, "warning", "told <once> & \u2603")
@@ -23,12 +23,14 @@ def sample(step, layout=LAYOUT):
     return np.arange(layout.size, dtype=np.float32) + 1000 * step
 
 
+def record(step, layout=LAYOUT, *, shift=0.0, **fields):
+    return RecordedSample(step, layout, sample(step, layout) + np.float32(shift), **fields)
+
+
 def write(folder, steps, *, layout=LAYOUT, alerts=None, shift=0.0, close=True):
     writer = HistoryWriter(folder, {"every": 10})
     for step in steps:
-        writer.append(
-            layout, step=step, values=sample(step, layout) + np.float32(shift), alerts=(alerts or {}).get(step, [])
-        )
+        writer.append(record(step, layout, shift=shift, alerts=tuple((alerts or {}).get(step, ()))))
     if close:
         writer.close()
     return writer
@@ -79,7 +81,7 @@ def test_opens_the_monitors_the_trainers_and_the_history_folder(tmp_path, below)
 def test_readable_while_it_is_written(tmp_path):
     writer = write(tmp_path, [0, 1], close=False)
     assert History.open(tmp_path).steps.tolist() == [0, 1]
-    writer.append(LAYOUT, step=2, values=sample(2), alerts=[])
+    writer.append(record(2))
     assert History.open(str(tmp_path)).steps.tolist() == [0, 1, 2]
     writer.close()
 
@@ -168,6 +170,44 @@ def test_a_newer_format_is_named(tmp_path):
         History.open(tmp_path)
 
 
+@pytest.mark.parametrize("header", ["[]", "{", '{"format": 2}', '{"format": 2, "layers": [{"nose": 1}]}'])
+def test_a_damaged_header_is_named(tmp_path, header):
+    (tmp_path / "history").mkdir()
+    schema = pa.schema([("step", pa.int64())], metadata={"incoherence_monitor": header})
+    with pa.OSFile(str(tmp_path / "history" / "000000.arrow"), "wb") as file, pa.ipc.new_stream(file, schema):
+        pass
+    with pytest.raises(HistoryError, match="is damaged"):
+        History.open(tmp_path)
+
+
+def test_all_that_judgement_needs_is_read_back(tmp_path):
+    values = sample(7)
+    values[3], values[5] = np.inf, np.nan
+    event = Event(7, "closed", 2, "first", "key", 1, "key_norm", "over")
+    command = {"command": "mute", "layer": "first"}
+    written = RecordedSample(7, LAYOUT, values, 4, (ALERT,), 2.5, (command,), (event,))
+    writer = HistoryWriter(tmp_path, {})
+    writer.append(written)
+    history = History.open(tmp_path)
+    (found,) = history.judged
+    np.testing.assert_array_equal(found.values, values)
+    for name in ("step", "layout", "tick", "alerts", "loss", "commands", "events"):
+        assert getattr(found, name) == getattr(written, name), name
+    assert history.events == [event]
+    assert history.losses.tolist() == [2.5]
+    # What is not finite has no value for a reader.
+    assert np.isnan(history.values("key_incoherence")[0]).nonzero()[0].tolist() == [3]
+    assert np.isnan(history.values("key_norm")[0]).nonzero()[0].tolist() == [5 - LAYOUT.slices["key_norm"].start]
+
+
+def test_judgement_rests_on_the_newest_attempt_alone(tmp_path):
+    write(tmp_path, [0, 10, 20, 30])
+    write(tmp_path, [20], shift=0.5)
+    history = History.open(tmp_path)
+    assert history.steps.tolist() == [0, 10, 20, 30]
+    assert [sample.step for sample in history.judged] == [0, 10, 20]
+
+
 def test_an_unwritable_directory_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SettingError, match="cannot be written to"):
@@ -189,9 +229,9 @@ def test_a_torn_record_costs_one_sample(tmp_path):
 
     writer._writer = TornWriter()
     with pytest.raises(OSError, match="No space left"):
-        writer.append(LAYOUT, step=3, values=sample(3), alerts=[])
+        writer.append(record(3))
     for step in range(4, 7):
-        writer.append(LAYOUT, step=step, values=sample(step), alerts=[])
+        writer.append(record(step))
     writer.close()
     assert History.open(tmp_path).steps.tolist() == [0, 1, 2, 4, 5, 6]
 

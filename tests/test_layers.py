@@ -15,10 +15,11 @@ PACKAGE = Path(incoherence_monitor.__file__).parent
 LAYERS = [
     {"errors", "reporting", "coverage"},
     {"ops"},
-    {"stats", "config", "probe", "records", "messages", "baseline", "detectors", "findings", "alerts"},
+    {"stats", "config", "probe", "records", "messages", "baseline", "detectors", "findings", "alerts"}
+    | {"commands", "causes", "episodes", "loss"},
     {"windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
-    | {"trackers", "history", "judge", "figures"},
-    {"dashboard", "pipeline", "state", "watching", "monitor"},
+    | {"trackers", "history", "judge", "figures", "inbox"},
+    {"dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
     {"integrations"},
     {"demo", "cli", ""},
 ]
@@ -29,14 +30,18 @@ SIDEWAYS = {
     "baseline": {"records"},
     "detectors": {"baseline", "config", "records", "stats"},
     "findings": {"records", "stats"},
-    "alerts": {"findings", "messages", "records", "stats"},
+    "commands": {"config", "records", "stats"},
+    "causes": {"findings", "records", "stats"},
+    "episodes": {"findings", "records", "stats"},
+    "alerts": {"causes", "episodes", "findings", "loss", "messages", "records", "stats"},
     "shares": {"windows"},
     "sampling": {"windows", "shares", "sums", "capture"},
     "agreement": {"windows", "sums"},
     "distributed": {"windows", "agreement", "capture", "sampling", "sharding", "sums"},
     "judge": {"sums"},
     "pipeline": {"dashboard"},
-    "monitor": {"pipeline", "state", "dashboard", "watching"},
+    "steering": {"pipeline"},
+    "monitor": {"pipeline", "state", "dashboard", "steering", "watching"},
     "cli": {"demo", ""},
 }
 OPTIONAL = {

@@ -218,6 +218,11 @@ def test_queries_that_are_zero_are_undefined_not_an_alarm():
     assert not monitor.alerts
 
 
+def told(alerts, folder):
+    """Alerts as text without their run's own folder, which the command that silences them names."""
+    return repr(alerts).replace(str(folder), "")
+
+
 @pytest.mark.parametrize("cut", [7, 26, 44, 52])
 def test_a_run_that_stops_and_resumes_judges_as_one_that_never_stopped(tmp_path, cut):
     whole = IncoherenceMonitor(every=1, config=CONFIG, output_dir=tmp_path / "whole")
@@ -233,11 +238,11 @@ def test_a_run_that_stops_and_resumes_judges_as_one_that_never_stopped(tmp_path,
     drive(second, range(cut, 60), change=grow_one_head, key_heads=4)
     second.close()
     assert second.samples == whole.samples == 60
-    assert second.alerts == whole.alerts
+    assert told(second.alerts, tmp_path / "cut") == told(whole.alerts, tmp_path / "whole")
     assert len(whole.alerts) == 1
     one, other = History.open(tmp_path / "whole"), History.open(tmp_path / "cut")
     assert one.steps.tolist() == other.steps.tolist()
-    assert one.alerts == other.alerts
+    assert told(other.alerts, tmp_path / "cut") == told(one.alerts, tmp_path / "whole")
     for name in one.statistics:
         np.testing.assert_array_equal(one.values(name), other.values(name))
 
@@ -278,7 +283,7 @@ def test_a_state_of_before_a_statistic_came_starts_the_baseline_anew_and_says_so
 
 @pytest.mark.parametrize("state", [{}, {"format": 99}, None, [1]])
 def test_what_is_no_state_is_refused(state):
-    with pytest.raises(StateError, match="no monitor state of format 1"):
+    with pytest.raises(StateError, match="no monitor state of format 2"):
         IncoherenceMonitor(every=1).load_state_dict(state)
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from . import retention
+
 FOLDER = "state"
 
 
@@ -75,7 +77,8 @@ def prune(directory: Path, checkpoints: Path, *, keep: str) -> None:
         checkpoints: the Trainer's, which holds `checkpoint-*`.
         keep: the file just written, whose checkpoint is not whole yet.
     """
-    told = [file.read_text() for file in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    places = (checkpoints, directory / retention.FOLDER)
+    told = [file.read_text() for place in places for file in place.glob("checkpoint-*/trainer_state.json")]
     for file in (directory / FOLDER).glob("step-*.pt"):
         if file.name != keep and not any(file.name in text for text in told):
             file.unlink(missing_ok=True)

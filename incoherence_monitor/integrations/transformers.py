@@ -20,6 +20,7 @@ from ..records import Alert
 from ..reporting import logger
 from ..trackers import ForeignTracker, Tracker
 from . import checkpoint
+from .retention import CheckpointKeeper
 
 try:
     from transformers import TrainerCallback
@@ -55,6 +56,7 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         output_dir: str | Path | None = None,
         trackers: Literal["auto"] | Iterable[Tracker | str | Any] = "auto",
         on_alert: Callable[[Alert], None] | None = None,
+        keep_clean_checkpoint: bool = False,
         save_on_alert: bool = False,
         stop_on_alert: bool = False,
     ) -> None:
@@ -66,6 +68,8 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             output_dir: folder for history and pictures; None means `<args.output_dir>/incoherence`.
             trackers: "auto" for those of the Trainer's `report_to`; else what `IncoherenceMonitor` takes.
             on_alert: called with every alert on the main process.
+            keep_clean_checkpoint: keep the newest checkpoint that is older than any suspicion from `save_total_limit`,
+                under `<output_dir>/clean/` (hard links); alerts name it.
             save_on_alert: save a checkpoint when a critical alert is confirmed by a second sample.
             stop_on_alert: stop training when a critical alert is confirmed by a second sample.
 
@@ -81,6 +85,7 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.output_dir = output_dir
         self.trackers: Any = trackers if trackers == "auto" else as_sequence("trackers", trackers)
         self.on_alert = on_alert
+        self.keep_clean_checkpoint = keep_clean_checkpoint
         self.save_on_alert = save_on_alert
         self.stop_on_alert = stop_on_alert
         self.monitor: IncoherenceMonitor | None = None
@@ -89,6 +94,7 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self._arguments: Any = None
         self._context: Any = None
         self._checkpoints: Path | None = None
+        self._keeper: CheckpointKeeper | None = None
         self._replaced: IncoherenceCallback | None = None
         _LIVE.add(self)
 
@@ -99,6 +105,7 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             "every": self.every,
             "config": config,
             "output_dir": None if self.output_dir is None else str(self.output_dir),
+            "keep_clean_checkpoint": self.keep_clean_checkpoint,
             "save_on_alert": self.save_on_alert,
             "stop_on_alert": self.stop_on_alert,
         }
@@ -144,8 +151,10 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         stored = state.stateful_callbacks.get(name)
         # A checkpoint made without this callback has no entry, and the Trainer would fail at the first save.
         state.stateful_callbacks.setdefault(name, self.state() if stored is None else stored)
+        self._keeper = CheckpointKeeper(directory, self.monitor.reporter, keep=self.keep_clean_checkpoint)
         if state.global_step > 0:
             self._resume(stored[-1] if isinstance(stored, list) and stored else stored, directory)
+            self._keeper.resumed(self.monitor, args, state)
 
     def _resume(self, stored: Any, directory: Path) -> None:
         assert self.monitor is not None
@@ -154,8 +163,8 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         if isinstance(found, str):
             logger.warning("incoherence_monitor: %s; the baseline starts anew.", found)
             return
-        state, self._acted = found
-        self.monitor.load_state_dict(state)
+        saved_state, self._acted = found
+        self.monitor.load_state_dict(saved_state)
 
     def _adopt_what_json_cannot_hold(self, args: Any) -> None:
         """Take trackers and on_alert from the callback this one replaces (restore_callback_states_from_checkpoint)."""
@@ -183,6 +192,7 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self._leave()
         if self.monitor is None:
             return control
+        self._keep(args, state)
         wanted = self.save_on_alert or self.stop_on_alert
         if wanted and not self._acted and self.monitor.confirmed_critical:
             self._acted = True
@@ -201,7 +211,18 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         """Judge the last sample, write the last picture and the summary."""
         self._leave()
         if self.monitor is not None:
+            self._keep(args, state)
             self.monitor.close()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Take the loss, so that alerts can say whether it moved."""
+        if self.monitor is not None and isinstance(logs, Mapping) and isinstance(logs.get("loss"), (int, float)):
+            self.monitor.record_loss(logs["loss"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note a checkpoint."""
+        if self.monitor is not None and self._keeper is not None:
+            self._keeper.saved(self.monitor, args, state)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Disarm, should a step have ended early.
@@ -210,6 +231,11 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         forward and the backward of a step or between its micro-batches, and what follows still belongs to the sample.
         """
         self._leave()
+
+    def _keep(self, args: Any, state: Any) -> None:
+        monitor, keeper = self.monitor, self._keeper
+        if monitor is not None and keeper is not None:
+            monitor.reporter.guard("keeping a clean checkpoint", lambda: keeper.after_step(monitor, args, state))
 
     def _leave(self) -> None:
         if self._context is not None:

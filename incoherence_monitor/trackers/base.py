@@ -47,6 +47,7 @@ class InMemoryTracker:
         self.metrics: list[tuple[int, dict[str, float]]] = []
         self.pictures: list[tuple[int, str, Picture]] = []
         self.alerts: list[Alert] = []
+        self.notes: list[tuple[int, str]] = []
         self.summaries: dict[str, float] = {}
         self.closed = False
 
@@ -61,6 +62,10 @@ class InMemoryTracker:
     def alert(self, alert: Alert) -> None:
         """Keep an alert."""
         self.alerts.append(alert)
+
+    def note(self, text: str, *, step: int) -> None:
+        """Keep a note."""
+        self.notes.append((step, text))
 
     def summary(self, values: Mapping[str, float]) -> None:
         """Keep the newest summary."""
@@ -130,6 +135,13 @@ class CompositeTracker:
     def alert(self, alert: Alert) -> None:
         """Write an alert to all."""
         self._each("writing an alert", lambda tracker: tracker.alert(alert))
+
+    def note(self, text: str, *, step: int) -> None:
+        """Write what became of an alert to those that take notes: `note(text, step=...)` is optional."""
+        for tracker in self.trackers:
+            write = getattr(tracker, "note", None)
+            if callable(write):
+                self._guard(f"writing a note to {type(tracker).__name__}", lambda write=write: write(text, step=step))  # type: ignore[misc]
 
     def summary(self, values: Mapping[str, float]) -> None:
         """Write the summary to all."""

@@ -65,6 +65,11 @@ class TensorBoardTracker:
         )
         self._writer.flush()
 
+    def note(self, text: str, *, step: int) -> None:
+        """Write what became of an alert beside the alerts."""
+        self._writer.add_text("incoherence/alert", text, step)
+        self._writer.flush()
+
     def summary(self, values: Mapping[str, float]) -> None:
         """Leave the summary out: TensorBoard has none, and every number in it is a scalar already."""
 

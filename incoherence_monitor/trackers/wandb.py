@@ -61,11 +61,16 @@ class WandbTracker:
 
     def alert(self, alert: Alert) -> None:
         """Page through `run.alert` if critical; the text of every alert goes into the run's table of alerts."""
-        self._write({"incoherence/alert_text": self._wandb.Html(_as_html(alert))}, alert.step)
+        self._write({"incoherence/alert_text": self._wandb.Html(_as_html(alert.message, alert.step, alert.severity))},
+                    alert.step)  # fmt: skip
         if alert.severity == "critical":
             self._run.alert(
                 title=f"incoherence: {alert.statistic}", text=alert.message, level="ERROR", wait_duration=300
             )
+
+    def note(self, text: str, *, step: int) -> None:
+        """Write what became of an alert beside the alerts; never a page."""
+        self._write({"incoherence/alert_text": self._wandb.Html(_as_html(text, step, "note"))}, step)
 
     def summary(self, values: Mapping[str, float]) -> None:
         """Write numbers to the run's summary."""
@@ -78,7 +83,7 @@ class WandbTracker:
         self._closed = True
 
 
-def _as_html(alert: Alert) -> str:
+def _as_html(text: str, step: int, kind: str) -> str:
     import html
 
-    return f"<p><b>{html.escape(alert.severity)}</b>, step {alert.step}: {html.escape(alert.message)}</p>"
+    return f"<p><b>{html.escape(kind)}</b>, step {step}: {html.escape(text)}</p>"
