@@ -15,7 +15,7 @@ PACKAGE = Path(incoherence_monitor.__file__).parent
 LAYERS = [
     {"errors", "reporting", "coverage"},
     {"ops"},
-    {"stats", "config", "probe", "records", "messages", "baseline", "detectors", "findings", "alerts"},
+    {"stats", "config", "probe", "records", "messages", "vectors", "baseline", "detectors", "findings", "alerts"},
     {"windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "history", "judge", "figures"},
     {"dashboard", "pipeline", "state", "watching", "monitor"},
