@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .training import LAST_SHARE, Injector, Training, schedule
+from .training import FORK_STEP, LAST_SHARE, STEPS, WARMUP, Injector, Training, schedule
 
-START, STEPS = 400, 200
+FOLLOWED = 120
+"""Steps for which an event is followed: 24 samples."""
 EVALUATION_AFTER, EVALUATION_BATCHES = 50, 50
 RESUME_AFTER = 60
 
@@ -72,9 +73,10 @@ def _new_data(training: Training) -> Injector:
 def _warm_restart(training: Training) -> Injector:
     def change() -> None:
         training.schedule = lambda step: (
-            schedule(step - START)
-            if step < START + 40
-            else LAST_SHARE + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * (step - START - 40) / 360))
+            schedule(step - FORK_STEP)
+            if step < FORK_STEP + WARMUP
+            else LAST_SHARE
+            + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * (step - FORK_STEP - WARMUP) / (STEPS - FORK_STEP)))
         )
 
     return _Change(change)

@@ -1,7 +1,7 @@
 """The table of faults, written down before any result was looked at: what, how severe, where, and what counts as right.
 
-A fault begins at step 400 of a healthy run's snapshot and is followed for 200 steps (40 samples); the healthy run goes
-on with the same data and is its twin. Severities are per STEP unless said otherwise; the second of a kind is the
+A fault begins at step 300 of a healthy run's snapshot and is followed for 200 steps (40 samples; a layer's 160, that of
+all heads 120, a kernel's 60); the healthy run goes on with the same data and is its twin. Severities are per STEP unless said otherwise; the second of a kind is the
 *subtle* one, which a person looking at curves would shrug at.
 
 **The right head.** Key- and value-side faults of key head h: key head h, or a query head of its group. Query- and
@@ -26,13 +26,15 @@ from .injectors import Head, weights_of
 from .kernel import BiasedBackward
 from .models import KINDS, HeadWeights, ModelKind, attentions
 from .models import Side as WeightSide
-from .training import Injector, Training
+from .training import FORK_STEP, Injector, Training
 
 Side = Literal["key", "query", "value", "output", "kernel", "data", "optimizer"]
 Scope = Literal["one", "layer", "all"]
 Make = Callable[[Training, list[Head], float], Injector]
 ALL_MODELS = tuple(KINDS)
 ROTARY = tuple(name for name, kind in KINDS.items() if kind.rotary)
+EARLY_STEP = 200
+"""Step from which the learning rate is let grow, 40 samples in."""
 SCALE_MATTERS = tuple(name for name in KINDS if name != "qknorm")
 """QK-norm takes every scale of W_Q and W_K away, so that scaling them there is no fault at all."""
 
@@ -54,7 +56,7 @@ class FaultKind:
         models: the kinds of model it makes sense for.
         blind: why it cannot be seen, "" where it can.
         start: step of the snapshot.
-        steps: for how long it is followed.
+        steps: for how long it is followed; 0: as its scope says.
     """
 
     name: str
@@ -67,8 +69,12 @@ class FaultKind:
     make: Make
     models: tuple[str, ...] = ALL_MODELS
     blind: str = ""
-    start: int = 400
-    steps: int = 200
+    start: int = FORK_STEP
+    steps: int = 0
+
+    def followed(self, scope: Scope) -> int:
+        """Steps for which a fault of this scope is followed: what breaks more shows sooner."""
+        return self.steps or {"one": 200, "layer": 160, "all": 120}[scope]
 
     @property
     def by_query_head(self) -> bool:
@@ -289,10 +295,10 @@ FAULTS: tuple[FaultKind, ...] = (
               ("layer",), (8, 1), (1,), "held-out", _leak),
     FaultKind("biased_backward", "delta of the attention backward is off by this share, in float32, at once",
               "kernel", ("all", "layer"), (0.3, 0.1, 0.01, 0.001), (0.01, 0.001), "tune", _biased,
-              ("learned", "gqa", "qknorm", "sliding"), steps=100),
+              ("learned", "gqa", "qknorm", "sliding"), steps=60),
     FaultKind("organic_rate_ramp", "the learning rate grows by this factor until the run diverges by itself",
               "optimizer", ("all",), (1.03, 1.02, 1.012), (1.012,), "tune",
-              lambda training, heads, value: do.Rate(1.0, value), SCALE_MATTERS, start=200, steps=300),
+              lambda training, heads, value: do.Rate(1.0, value), SCALE_MATTERS, start=EARLY_STEP, steps=300),
 )  # fmt: skip
 
 BY_NAME: dict[str, FaultKind] = {fault.name: fault for fault in FAULTS}

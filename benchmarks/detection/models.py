@@ -104,12 +104,12 @@ def _qwen2(kind: ModelKind) -> nn.Module:
 KINDS: dict[str, ModelKind] = {
     kind.name: kind
     for kind in (
-        ModelKind("learned", 4, 4, 4, (1e-3, 2e-3, 4e-3), 0.035, _gpt2),
-        ModelKind("gqa", 8, 4, 4, (1e-3, 2e-3, 4e-3), 0.053, _llama),
-        ModelKind("qknorm", 4, 4, 4, (1e-3, 2e-3, 4e-3), 0.047, _qwen3),
-        ModelKind("sliding", 4, 4, 6, (1e-3, 2e-3, 4e-3), 0.055, _qwen2),
-        ModelKind("large", 8, 8, 6, (1e-3, 2e-3, 3e-3), 0.080, _llama),
-        ModelKind("lora", 4, 4, 4, (1e-3, 2e-3, 4e-3), 0.047, _llama),
+        ModelKind("learned", 4, 4, 4, (1e-3, 2e-3, 4e-3), 0.041, _gpt2),
+        ModelKind("gqa", 8, 4, 4, (1e-3, 2e-3, 4e-3), 0.063, _llama),
+        ModelKind("qknorm", 4, 4, 4, (1e-3, 2e-3, 4e-3), 0.055, _qwen3),
+        ModelKind("sliding", 4, 4, 6, (1e-3, 2e-3, 4e-3), 0.073, _qwen2),
+        ModelKind("large", 8, 8, 6, (1e-3, 2e-3, 3e-3), 0.105, _llama),
+        ModelKind("lora", 4, 4, 4, (1e-3, 2e-3, 4e-3), 0.083, _llama),
     )
 }
 

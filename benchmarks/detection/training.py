@@ -16,8 +16,10 @@ from .data import Batches
 from .models import KINDS, ModelKind, build, with_lora
 from .signals import Recorder
 
-STEPS, WARMUP, LAST_SHARE = 800, 40, 0.1
+STEPS, WARMUP, LAST_SHARE = 600, 40, 0.1
 """Steps of a healthy run, of its warm-up, and the share of the peak learning rate at its end (cosine decay)."""
+FORK_STEP = 300
+"""Step at which faults and events are forked off: 60 samples in."""
 SAMPLE_EVERY = 5
 
 
@@ -124,7 +126,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         injector.after_update(self.step)
-        value = float(loss)
+        value = loss.item()
         if recorder is not None:
             recorder.record(self.step, value, norm, rate)
             if self.step % SAMPLE_EVERY == 0:
