@@ -193,6 +193,8 @@ class DriftDetector:
             if model_beyond[at]:
                 flagged[self.layout.slices[row.name]] = True
         self.baseline.push(log_values, tick, self.judged & known & ~flagged)
+        # Statistics that a layer has never had, as values out of reach, wait for nothing.
+        heard = self.judged & (self.baseline.count > 0)
         size, model_size = np.nan_to_num(np.abs(deviation)), np.nan_to_num(np.abs(model_deviation))
         return Verdict(
             expected=np.exp(expected),
@@ -201,7 +203,7 @@ class DriftDetector:
             restless=size > self.threshold / 2,
             since=self.runs.since,
             armed=armed,
-            armed_share=float(armed[self.judged].mean()) if self.judged.any() else 0.0,
+            armed_share=float(armed[heard].mean()) if heard.any() else 0.0,
             model_deviation=model_deviation,
             model_alarm=model_alarm,
             model_restless=model_size > self.model_threshold / 2,

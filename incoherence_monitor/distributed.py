@@ -133,11 +133,12 @@ class SharedLayout:
         """
         query, over_tokens = local_heads(given.query, self._part)
         key, _ = local_heads(given.key, self._part)
+        value = None if given.value is None else local_heads(given.value, self._part)[0]
         if self._split_here is None:
             self._split_here = split_sequences() if over_tokens is None else over_tokens
         if self._split_here is not None or given.layer in self.refused or query.shape[0] == 0:
             return None
-        return replace(given, query=query, key=key)
+        return replace(given, query=query, key=key, value=value)
 
     def add(self, sums: SampleSums) -> SampleSums:
         """Add a sample over the default group. Every rank must call it at the same sample.

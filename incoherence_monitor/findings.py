@@ -77,7 +77,7 @@ def find(
         values: [S] statistics, NaN where undefined.
         verdict: the detector's.
         step: training step of the sample.
-        non_finite: [S] whether a stream's head received a NaN or infinite query or key.
+        non_finite: [S] whether a stream's head received a NaN or infinite query, key or value.
         runaway_bound: [S] absolute bound of `energy_scale`; NaN elsewhere.
 
     Returns:

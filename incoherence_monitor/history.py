@@ -271,7 +271,13 @@ def _read(file: Path) -> _Segment | None:
             except (StopIteration, pa.ArrowInvalid, EOFError, OSError):
                 # The end of the file, or of what has been written of it so far.
                 break
-            values = [batch.column(name).flatten().to_numpy() for name in layout.slices]
+            # A history of an older version lacks the statistics that have come since.
+            values = [
+                batch.column(name).flatten().to_numpy()
+                if name in batch.schema.names
+                else np.full(part.stop - part.start, np.nan, dtype=np.float32)
+                for name, part in layout.slices.items()
+            ]
             alerts = [Alert.from_dict(alert) for alert in json.loads(batch.column("alerts")[0].as_py())]
             samples.append((batch.column("step")[0].as_py(), np.concatenate(values), alerts))
     return (layout, header["settings"], samples) if samples else None

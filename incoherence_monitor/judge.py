@@ -113,6 +113,7 @@ class Judge:
         return {
             "tick": self.tick,
             "layers": self.layout.to_list(),
+            "recorded": list(self.layout.slices),
             "detector": self._detector.state_dict(),
             "book": self.book.state_dict(),
             "bound": torch.from_numpy(self._bound.copy()),

@@ -47,8 +47,8 @@ def drift_message(
 
 
 def non_finite_message(place: str, kind: AlertKind, since_step: int, *, others: int) -> str:
-    """A head received NaN or infinite queries or keys; so did `others` in later layers."""
-    what = {"key": "its keys are", "query": "its queries are"}.get(kind, "queries or keys are")
+    """A head received NaN or infinite queries, keys or values; so did `others` in later layers."""
+    what = {"key": "its keys or values are", "query": "its queries are"}.get(kind, "queries, keys or values are")
     spread = f" It is the earliest; {others} heads of later layers are not finite either." if others else ""
     return (
         f"{place}: {what} NaN or infinite at step {since_step}.{spread} Usually an overflow in low precision, a bad "

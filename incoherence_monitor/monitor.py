@@ -26,7 +26,7 @@ from .errors import SettingError
 from .judge import Judge
 from .ops import check_shapes
 from .pipeline import Pipeline
-from .records import Alert, LayerInfo
+from .records import Alert
 from .reporting import Reporter
 from .sampling import WindowSampler
 from .state import STATE_FORMAT, changed_settings, check_state, fingerprint
@@ -43,7 +43,7 @@ SAMPLES_IN_MEMORY = 1000
 class IncoherenceMonitor:
     """Watches the attention heads of one model while it trains.
 
-    Every `every` steps it takes the queries and keys each head used, computes the statistics of METRICS.md, compares
+    Every `every` steps it takes the queries, keys and values each head used, computes the statistics of METRICS.md, compares
     each head with its own baseline and with its cohort, and logs and alerts. It never raises into the training loop
     after the first step, and leaves gradients, weights and random generators untouched.
 
@@ -174,6 +174,7 @@ class IncoherenceMonitor:
         query: Tensor,
         key: Tensor,
         *,
+        value: Tensor | None = None,
         scale: float | None = None,
         valid: Tensor | None = None,
         starts: Tensor | None = None,
@@ -184,6 +185,7 @@ class IncoherenceMonitor:
             name: name of the layer, the same at every step.
             query: [B, Hq, L, d], as the attention product receives it, before the scale.
             key: [B, Hk, L, d], Hq a multiple of Hk.
+            value: [B, Hk, L, dv]; None leaves `value_norm` undefined.
             scale: the factor s of the product; None means d ** -0.5.
             valid: bool [B, L]; None if every token is valid.
             starts: bool [B, L], True where a packed document begins; None if none begins inside a sequence.
@@ -196,13 +198,11 @@ class IncoherenceMonitor:
         # Compiled code must not ask what changes from sample to sample: it would be compiled again.
         first = not torch.compiler.is_compiling() and self.samples == 0 and not self._pipeline.in_flight
         if first and not (self._world_size > 1 and query.shape[0] == 0):
-            check_shapes(query, key, valid, starts)
-        self._observed.show(name, query, key, scale=scale, valid=valid, starts=starts)
+            check_shapes(query, key, valid, starts, value=value)
+        self._observed.show(name, query, key, value=value, scale=scale, valid=valid, starts=starts)
 
     def _receive(self, given: AttentionInput) -> None:
-        def describe(seen: AttentionInput) -> LayerInfo:
-            return describe_layer(seen, self._capture, self._sampler)
-
+        describe = functools.partial(describe_layer, capture=self._capture, sampler=self._sampler)
         self._pipeline.clock.measure(lambda: self._pipeline.receive(given, describe))
 
     def _seal(self) -> None:

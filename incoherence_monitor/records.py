@@ -180,7 +180,7 @@ class Verdict:
         restless: [S] beyond half the threshold: an open episode stays open.
         since: [S] step at which the present excursion began; -1 where there is none.
         armed: [S] the baseline has earned judgement.
-        armed_share: share of the judged streams that are armed.
+        armed_share: share of the judged streams that have had values which are armed.
         model_deviation: [M] median over heads of each head's deviation from its own history; NaN where not judged.
         model_alarm: [M] as `alarm`, for the whole model.
         model_restless: [M] as `restless`.

@@ -21,7 +21,7 @@ from .config import MonitorConfig, check_count
 from .ops import check_shapes, smooth_statistics
 from .records import LayerInfo, Layout
 from .shares import Shares
-from .sums import SMOOTH_KEY, SMOOTH_QUERY, SampleSums, summarise, triangle
+from .sums import SampleSums, flatten, summarise
 from .windows import Place, WindowPlan, choose_window, extend_plan, lengths_of, select_windows
 
 
@@ -31,14 +31,13 @@ class LayerWindows:
 
     Attributes:
         info: the layer.
-        parts: flat float32 tensors: keep [N], key statistics [N, 3, Hk], query statistics [N, 5, Hq] and lower
-            triangles of the cores [N, Hq, d (d + 1) / 2], one after the other.
-        windows: N of each part.
+        parts: flat float32 tensors, as `sums.flatten` makes them.
+        held: N of each part, and the names of its statistics.
     """
 
     info: LayerInfo
     parts: list[Tensor] = field(default_factory=list)
-    windows: list[int] = field(default_factory=list)
+    held: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
 
 
 class WindowSampler:
@@ -86,7 +85,7 @@ class WindowSampler:
             SettingError: if the shapes do not fit together.
         """
         with torch.no_grad():
-            check_shapes(given.query, given.key, given.valid, given.starts)
+            check_shapes(given.query, given.key, given.valid, given.starts, value=given.value)
             layer = self._layer(given, info)
             batch, _, length, _ = given.query.shape
             plan, share = self.plans[given.layer], self.shares.share_of(given.layer)
@@ -111,24 +110,15 @@ class WindowSampler:
             if chosen is None:
                 self.skipped[f"windows for which no sequence had {plan.window} tokens"] += sum(part)
                 return
-            smooth, core = smooth_statistics(chosen.take(given.query), chosen.take(given.key), scale=given.scale)
-            rows, columns = triangle(core.shape[-1])
-            keep = (
-                torch.ones(sum(part), device=core.device, dtype=torch.float32)
-                if chosen.keep is None
-                else chosen.keep.float()
+            smooth, core = smooth_statistics(
+                chosen.take(given.query),
+                chosen.take(given.key),
+                value=None if given.value is None else chosen.take(given.value),
+                scale=given.scale,
             )
-            held.parts.append(
-                torch.cat(
-                    [
-                        keep,
-                        torch.stack([smooth[name] for name in SMOOTH_KEY], dim=1).flatten(),
-                        torch.stack([smooth[name] for name in SMOOTH_QUERY], dim=1).flatten(),
-                        core[..., rows, columns].flatten(),
-                    ]
-                )
-            )
-            held.windows.append(sum(part))
+            flat, names = flatten(chosen.keep, smooth, core)
+            held.parts.append(flat)
+            held.held.append((sum(part), names))
 
     def _layer(self, given: AttentionInput, describe: Callable[[AttentionInput], LayerInfo]) -> LayerInfo:
         _, query_heads, _, dim = given.query.shape
@@ -174,7 +164,7 @@ class WindowSampler:
         copied = []
         for layers in by_device.values():
             flat = torch.cat([part for layer in layers for part in layer.parts]).cpu()
-            copied.append((flat, [(layer.info, layer.windows) for layer in layers]))
+            copied.append((flat, [(layer.info, layer.held) for layer in layers]))
         return lambda: summarise(layout, copied)
 
     def _layout_of_all(self) -> Layout:

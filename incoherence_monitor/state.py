@@ -1,6 +1,6 @@
 """What a checkpointed monitor state must match before it is taken up.
 
-Layer 4: imports capture, config and errors.
+Layer 4: imports capture, config, errors and stats.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 from .capture.model import ModelCapture
 from .config import MonitorConfig
 from .errors import StateError
+from .stats import STATISTIC_NAMES
 
 STATE_FORMAT = 1
 _BASELINES_DEPEND_ON = ("window", "windows_per_sample", "statistics", "baseline_samples", "include", "exclude")
@@ -49,9 +50,12 @@ def check_state(state: Any, ours: Fingerprint, *, alone: bool = True) -> None:
 
 
 def changed_settings(state: Mapping[str, Any], config: MonitorConfig) -> list[str]:
-    """Names of the settings that differ and on which baselines depend."""
+    """Names of what differs and baselines depend on: settings, and the statistics that a version records."""
     now = config.to_dict()
-    return [name for name in _BASELINES_DEPEND_ON if state["config"].get(name) != now[name]]
+    changed = [name for name in _BASELINES_DEPEND_ON if state["config"].get(name) != now[name]]
+    if state["judge"]["layers"] is not None and state["judge"].get("recorded") != list(STATISTIC_NAMES):
+        changed.append("the statistics recorded")
+    return changed
 
 
 def _in_words(layers: Fingerprint) -> str:

@@ -74,6 +74,16 @@ STATISTICS: tuple[Statistic, ...] = (
         low="the directions are shared more evenly over the keys",
     ),
     Statistic(
+        "value_norm",
+        "mean value norm",
+        "key",
+        "norm of a value",
+        spectral=False,
+        alerts=True,
+        high="the value projection is growing: learning rate, weight decay, or an output projection that shrinks",
+        low="the value projection is shrinking or dying: what the head attends to no longer reaches the output",
+    ),
+    Statistic(
         "energy_rank",
         "energy rank r90",
         "query",

@@ -7,19 +7,16 @@ Layer 3: imports ops, records and stats.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .ops import spectral_statistics
-from .records import FloatArray, LayerInfo, Layout
-from .stats import STATISTICS
-
-SMOOTH_KEY = tuple(row.name for row in STATISTICS if row.kind == "key" and not row.spectral)
-SMOOTH_QUERY = tuple(row.name for row in STATISTICS if row.kind == "query" and not row.spectral)
+from .records import BoolArray, FloatArray, LayerInfo, Layout
+from .stats import STATISTIC_NAMES, STATISTICS, HeadKind, statistic
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,29 @@ class SampleSums:
     too_short: int
 
 
-def summarise(layout: Layout, copied: list[tuple[Tensor, list[tuple[LayerInfo, list[int]]]]]) -> SampleSums:
+Held = list[tuple[int, tuple[str, ...]]]
+"""Number of windows in each part of a layer's sample, and the names of its statistics."""
+
+
+def flatten(keep: Tensor | None, smooth: Mapping[str, Tensor], core: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+    """Lay one part of a layer's sample out for the copy to the host.
+
+    Args:
+        keep: bool [N], False for windows that do not count; None if all do.
+        smooth: by name, [N, heads].
+        core: [N, Hq, d, d], symmetric.
+
+    Returns:
+        Flat float32: keep [N], each statistic, the lower triangles of the cores; and the statistics in their order.
+    """
+    names = tuple(name for name in STATISTIC_NAMES if name in smooth)
+    rows, columns = _triangle(core.shape[-1])
+    kept = torch.ones(len(core), device=core.device) if keep is None else keep.float()
+    parts = [smooth[name].flatten() for name in names]
+    return torch.cat([kept, *parts, core[..., rows, columns].flatten()]), names
+
+
+def summarise(layout: Layout, copied: list[tuple[Tensor, list[tuple[LayerInfo, Held]]]]) -> SampleSums:
     """The host phase: eigenvalues, logarithms, sums over windows."""
     total, count, non_finite = np.zeros(layout.size), np.zeros(layout.size), np.zeros(layout.size)
     too_short = 0
@@ -49,9 +68,10 @@ def summarise(layout: Layout, copied: list[tuple[Tensor, list[tuple[LayerInfo, l
     at_of = {layer.name: at for at, layer in enumerate(layout.layers)}
     for flat, layers in copied:
         start = 0
-        for info, windows in layers:
-            for number in windows:
-                keep, values, bad, start = _unpack(flat, start, info, number)
+        for info, held in layers:
+            for number, names in held:
+                keep, values, start = _unpack(flat, start, info, number, names)
+                bad = _not_finite(values)
                 too_short += int((~keep).sum())
                 for name, per_window in values.items():
                     place = places[at_of[info.name], name]
@@ -65,13 +85,17 @@ def summarise(layout: Layout, copied: list[tuple[Tensor, list[tuple[LayerInfo, l
     return SampleSums(layout, total, count, non_finite, too_short)
 
 
-def triangle(dim: int) -> tuple[Tensor, Tensor]:
+def _triangle(dim: int) -> tuple[Tensor, Tensor]:
     """Rows and columns of a symmetric matrix's lower triangle: half of it says all."""
     rows, columns = torch.tril_indices(dim, dim)
     return rows, columns
 
 
-def _unpack(flat: Tensor, start: int, info: LayerInfo, number: int) -> tuple[Any, dict[str, Any], dict[str, Any], int]:
+def _unpack(
+    flat: Tensor, start: int, info: LayerInfo, number: int, names: tuple[str, ...]
+) -> tuple[BoolArray, dict[str, FloatArray], int]:
+    """Which windows count, the statistics by name, [N, heads] each, and where the next part starts."""
+
     def take(*shape: int) -> Tensor:
         nonlocal start
         size = int(np.prod(shape))
@@ -79,19 +103,23 @@ def _unpack(flat: Tensor, start: int, info: LayerInfo, number: int) -> tuple[Any
         return flat[start - size : start].reshape(shape)
 
     keep = take(number).numpy() > 0
-    key = take(number, len(SMOOTH_KEY), info.key_heads)
-    query = take(number, len(SMOOTH_QUERY), info.query_heads)
-    rows, columns = triangle(info.head_dim)
+    values = {name: take(number, info.heads(statistic(name).kind)).double().numpy() for name in names}
+    rows, columns = _triangle(info.head_dim)
     core = torch.zeros(number, info.query_heads, info.head_dim, info.head_dim, dtype=flat.dtype)
     core[..., rows, columns] = take(number, info.query_heads, len(rows))
     core[..., columns, rows] = core[..., rows, columns]
-    values = {name: key[:, at].double().numpy() for at, name in enumerate(SMOOTH_KEY)}
-    values |= {name: query[:, at].double().numpy() for at, name in enumerate(SMOOTH_QUERY)}
     values |= {name: value.double().numpy() for name, value in spectral_statistics(core).items()}
+    return keep, values, start
+
+
+def _not_finite(values: Mapping[str, FloatArray]) -> dict[HeadKind, BoolArray]:
+    """In which windows a head of each kind received NaN or infinite numbers, [N, heads]."""
     bad_key = ~np.isfinite(values["key_norm"])
+    if "value_norm" in values:
+        bad_key |= ~np.isfinite(values["value_norm"])
     # Both are undefined for queries that are all zero too, but then the energy scale is zero, not missing.
     bad_query = ~np.isfinite(values["energy_scale"]) & ~np.isfinite(values["query_participation_rank"])
-    return keep, values, {"key": bad_key, "query": bad_query}, start
+    return {"key": bad_key, "query": bad_query}
 
 
 def layer_parts(layout: Layout) -> list[tuple[str, slice, int]]:

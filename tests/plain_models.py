@@ -42,7 +42,7 @@ class Attention(nn.Module):
         self.width, self.key_heads = WIDTH // HEADS, key_heads
         self.project = nn.Linear(WIDTH, (HEADS + 2 * key_heads) * self.width)
         self.out = nn.Linear(WIDTH, WIDTH)
-        self.seen: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+        self.seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]] = []
 
     def heads(self, x):
         sizes = [count * self.width for count in (HEADS, self.key_heads, self.key_heads)]
@@ -50,7 +50,7 @@ class Attention(nn.Module):
             part.unflatten(-1, (-1, self.width)).transpose(1, 2) for part in self.project(x).split(sizes, dim=-1)
         )
         if not torch.compiler.is_compiling():
-            self.seen.append((q.detach(), k.detach(), self.width**-0.5))
+            self.seen.append((q.detach(), k.detach(), v.detach(), self.width**-0.5))
         return q, k, v
 
     def close(self, y):
@@ -107,6 +107,90 @@ class ByBatch(Attention):
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
         weights = nn.Softmax(dim=-1)(logits.masked_fill(future, -10000.0))
         return self.close(torch.bmm(weights.view(-1, length, length), v.flatten(0, 1)).view_as(v))
+
+
+class Dropped(Attention):
+    """Weights in another dtype, dropped and masked before they meet the values, over [B H, L, d]."""
+
+    followed = True
+
+    def weights(self, q, k):
+        return F.softmax((q @ k.transpose(-2, -1)) * self.width**-0.5, dim=-1, dtype=torch.float32)
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        weights = F.dropout(self.weights(q, k).to(q.dtype), 0.1, self.training)
+        weights = (weights * torch.ones(1, HEADS, 1, 1)).view(-1, *weights.shape[-2:])
+        return self.close(torch.bmm(weights, v.flatten(0, 1)).view_as(v))
+
+
+class Interleaved(Dropped):
+    """The second product by einsum over [B, L, H, d]."""
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        return self.out(torch.einsum("b h q k, b k h d -> b q h d", self.weights(q, k), v.transpose(1, 2)).flatten(2))
+
+
+class Grouped(Dropped):
+    """Grouped queries in five dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__(key_heads=2)
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        weights = self.weights(q.unflatten(1, (2, 2)), k[:, :, None])
+        return self.close((weights @ v[:, :, None]).flatten(1, 2))
+
+
+class Twice(Dropped):
+    """Two products after one softmax: the first one's right side is taken."""
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        weights = self.weights(q, k)
+        return self.close(weights @ (weights @ v))
+
+
+class Unfollowed(Dropped):
+    """Weights that are sorted, which is not followed."""
+
+    followed = False
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        return self.close(self.weights(q, k).sort(dim=-1).values @ v)
+
+
+class NoValues(Dropped):
+    """A product that the values are no part of."""
+
+    followed = False
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        return self.close(self.weights(q, k).diagonal(dim1=-2, dim2=-1)[..., None] * v)
+
+
+class Shared(Dropped):
+    """One head of values for all heads: not as many as the keys."""
+
+    followed = False
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        return self.close(self.weights(q, k) @ v[:, :1])
+
+
+class Transposed(Dropped):
+    """The values on the left."""
+
+    followed = False
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        return self.close((v.mT @ self.weights(q, k).mT).mT)
 
 
 class Titan(Attention):
@@ -219,14 +303,14 @@ class OneHead(nn.Module):
         super().__init__()
         self.query, self.key, self.value = (nn.Linear(WIDTH, width, bias=False) for _ in range(3))
         self.width = width
-        self.seen: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+        self.seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]] = []
 
     def forward(self, x):
-        q, k = self.query(x), self.key(x)
-        self.seen.append((q.detach()[:, None], k.detach()[:, None], self.width**-0.5))
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        self.seen.append((*(each.detach()[:, None] for each in (q, k, v)), self.width**-0.5))
         weights = q @ k.transpose(-2, -1) * self.width**-0.5
         weights = weights.masked_fill(torch.ones(weights.shape[-2:]).tril() == 0, -math.inf)
-        return F.softmax(weights, dim=-1) @ self.value(x)
+        return F.softmax(weights, dim=-1) @ v
 
 
 class Model(nn.Module):

@@ -228,7 +228,7 @@ def test_a_scale_for_every_head():
     torch.manual_seed(0)
     model = styles.Model(HeadScale).train()
     monitor = watch(model, steps=1)
-    query, key, _ = model.blocks[0].seen[0]
+    query, key, *_ = model.blocks[0].seen[0]
     expected = head_statistics(query * torch.arange(1.0, 5.0).view(4, 1, 1), key, scale=0.5)["energy_scale"]
     values = [value for (layer, _), value in monitor.latest["energy_scale"].items() if layer == "blocks.0"]
     assert values == pytest.approx(expected.log().mean(dim=0).exp().tolist(), rel=1e-4)
@@ -262,7 +262,7 @@ def test_functions_that_only_share_a_name_are_followed_by_what_they_do():
     torch.manual_seed(0)
     model = styles.Model(Own).train()
     monitor = watch(model, steps=1)
-    query, key, _ = model.blocks[0].seen[0]
+    query, key, *_ = model.blocks[0].seen[0]
     expected = head_statistics(query, key, scale=1 / 7)["energy_scale"].log().mean(dim=0).exp()
     values = [value for (layer, _), value in monitor.latest["energy_scale"].items() if layer == "blocks.0"]
     assert values == pytest.approx(expected.tolist(), rel=1e-4)
@@ -368,7 +368,7 @@ def test_attention_functions_of_the_users_own_keep_their_signature(monkeypatch):
         model = styles.Model(Custom).train()
         monitor = watch(model, steps=1)
         assert not monitor.coverage().failures
-        query, key, _ = model.blocks[0].seen[0]
+        query, key, *_ = model.blocks[0].seen[0]
         expected = head_statistics(query, key, scale=scale)["energy_scale"].log().mean(dim=0).exp()
         values = [value for (layer, _), value in monitor.latest["energy_scale"].items() if layer == "blocks.0"]
         assert values == pytest.approx(expected.tolist(), rel=1e-4)

@@ -20,7 +20,7 @@ CONFIG = MonitorConfig(window=32)
 
 
 def spy(model):
-    """Queries and keys by an independent way: what each layer's own attention function is given."""
+    """Queries, keys and values by an independent way: what each layer's own attention function is given."""
     from transformers.modeling_utils import AttentionInterface
 
     seen = []
@@ -29,9 +29,9 @@ def spy(model):
     def get_interface(self, implementation, default):
         function = current(self, implementation, default)
 
-        def call(module, query, key, *args, **kwargs):
-            seen.append((query.detach().clone(), key.detach().clone(), kwargs.get("scaling")))
-            return function(module, query, key, *args, **kwargs)
+        def call(module, query, key, value, *args, **kwargs):
+            seen.append((*(each.detach().clone() for each in (query, key, value)), kwargs.get("scaling")))
+            return function(module, query, key, value, *args, **kwargs)
 
         return call
 
@@ -57,15 +57,35 @@ def test_values_are_those_of_the_queries_and_keys_attention_received(name, atten
         latest = monitor.latest
     layers = monitor.coverage().seen
     assert len(layers) == len(seen) == 2
-    for layer, (query, key, scale) in zip(layers, seen, strict=True):
+    for layer, (query, key, value, scale) in zip(layers, seen, strict=True):
         assert query.shape[:2] == (8, 4)
         assert key.shape[1] == (2 if name == "llama" else 4)
         # Sequences are exactly one window long, so all eight windows are the eight sequences.
-        expected = head_statistics(query, key, scale=scale)
+        expected = head_statistics(query, key, value=value, scale=scale)
+        assert set(expected) == set(latest)
         for statistic, values in expected.items():
-            mean = values.log().mean(dim=0).exp()
-            for head, value in enumerate(mean.tolist()):
-                assert latest[statistic][layer, head] == pytest.approx(value, rel=1e-4), (statistic, head)
+            for head, mean in enumerate(values.log().mean(dim=0).exp().tolist()):
+                assert latest[statistic][layer, head] == pytest.approx(mean, rel=1e-4), (statistic, head)
+
+
+def test_values_of_another_width_than_the_keys_are_taken():
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
+        intermediate_size=64, first_k_dense_replace=2, attn_implementation="eager", pad_token_id=0,
+    )  # fmt: skip
+    model = DeepseekV3ForCausalLM(config).train()
+    with IncoherenceMonitor(model, every=1, config=CONFIG) as monitor:
+        seen, restore = spy(model)
+        step_through(model, monitor, batches(1, batch=8, length=32)[0])
+        restore()
+        found = list(monitor.latest["value_norm"].values())
+    assert [value.shape[-1] for _, _, value, _ in seen] == [6, 6]
+    expected = torch.cat([value.norm(dim=-1).mean(dim=-1).log().mean(dim=0).exp() for _, _, value, _ in seen])
+    assert found == pytest.approx(expected.tolist(), rel=1e-4)
 
 
 def test_flex_attention_is_captured():

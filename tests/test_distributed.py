@@ -28,7 +28,7 @@ def _observe(monitor, steps, rank, world, *, names=("first", "second", "third"),
                     query, key = (x.repeat(1, 1, 2 + 6 * rank, 1) for x in (query, key))
                 elif fault == "windows":
                     query, key = (x.repeat(1, 1, 8, 1) for x in (query, key))
-                monitor.observe(layer, query[part], key[part])
+                monitor.observe(layer, query[part], key[part], value=key[part].square())
         if fault == "late" and rank == 1 and step >= 30:
             with monitor.step(step):
                 monitor.observe("late", *queries_and_keys(step))

@@ -51,6 +51,21 @@ def test_reads_back_what_was_written(tmp_path):
     assert "3 samples, steps 0 to 6" in repr(history)
 
 
+def test_a_history_that_lacks_a_statistic_is_read_with_gaps(tmp_path):
+    write(tmp_path / "new", [0, 3])
+    (path,) = (tmp_path / "new").rglob("*.arrow")
+    old = tmp_path / "old" / "000000.arrow"
+    old.parent.mkdir()
+    table = pa.ipc.open_stream(path.open("rb")).read_all().drop_columns(["value_norm"])
+    with pa.ipc.new_stream(str(old), table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    history, whole = History.open(old.parent), History.open(tmp_path / "new")
+    assert np.isnan(history.values("value_norm")).all()
+    assert history.values("value_norm").shape == whole.values("value_norm").shape
+    for name in set(whole.statistics) - {"value_norm"}:
+        np.testing.assert_array_equal(history.values(name), whole.values(name))
+
+
 @pytest.mark.parametrize("below", ["", "incoherence", "incoherence/history"])
 def test_opens_the_monitors_the_trainers_and_the_history_folder(tmp_path, below):
     write(tmp_path / "incoherence", [0])

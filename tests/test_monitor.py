@@ -63,13 +63,40 @@ def test_a_sample_is_judged_when_the_next_begins_or_at_flush():
 def test_latest_is_head_statistics_of_what_was_observed():
     monitor = IncoherenceMonitor(every=1, config=CONFIG)
     query, key = queries_and_keys()
+    value = torch.randn(*key.shape[:3], 5)
     with monitor.step(0):
-        monitor.observe("layer", query, key, scale=0.3)
-    for name, values in head_statistics(query, key, scale=0.3).items():
-        expected = values.log().mean(dim=0).exp().tolist()
+        monitor.observe("layer", query, key, value=value, scale=0.3)
+    expected = head_statistics(query, key, value=value, scale=0.3)
+    assert set(monitor.latest) == set(expected)
+    for name, values in expected.items():
+        means = values.log().mean(dim=0).exp().tolist()
         assert monitor.latest[name] == {
-            ("layer", head): pytest.approx(value, rel=1e-5) for head, value in enumerate(expected)
+            ("layer", head): pytest.approx(mean, rel=1e-5) for head, mean in enumerate(means)
         }
+
+
+def test_without_values_their_statistic_is_undefined_and_nothing_waits_for_it():
+    monitor = IncoherenceMonitor(every=1, config=CONFIG)
+    drive(monitor, range(60))
+    monitor.flush()
+    assert np.isnan(monitor.history.values("value_norm")).all()
+    assert np.isfinite(monitor.history.values("key_norm")).all()
+    assert monitor._pipeline.latest.verdict.armed_share > 0.9
+    assert not monitor.alerts
+
+
+def test_a_value_that_is_not_finite_is_an_alert_of_its_key_head():
+    monitor = IncoherenceMonitor(every=1, config=CONFIG)
+    for step in range(3):
+        query, key = queries_and_keys(step, key_heads=4)
+        value = torch.ones_like(key)
+        value[:, 2, 5] = math.nan if step == 2 else 1.0
+        with monitor.step(step):
+            monitor.observe("layer", query, key, value=value)
+    monitor.flush()
+    (alert,) = monitor.alerts
+    assert (alert.step, alert.kind, alert.head, alert.severity) == (2, "key", 2, "critical")
+    assert "its keys or values are NaN or infinite" in alert.message
 
 
 def test_micro_batches_pool_logs_of_statistics_not_gram_matrices():
@@ -77,10 +104,10 @@ def test_micro_batches_pool_logs_of_statistics_not_gram_matrices():
     parts = IncoherenceMonitor(every=1, config=CONFIG, micro_batches=4)
     query, key = queries_and_keys(batch=8)
     with whole.step(0):
-        whole.observe("layer", query, key)
+        whole.observe("layer", query, key, value=2 * key)
     with parts.step(0):
         for at in range(0, 8, 2):
-            parts.observe("layer", query[at : at + 2], key[at : at + 2])
+            parts.observe("layer", query[at : at + 2], key[at : at + 2], value=2 * key[at : at + 2])
     for name, values in whole.latest.items():
         assert parts.latest[name] == pytest.approx(values, rel=1e-5), name
 
@@ -102,9 +129,9 @@ def test_valid_tokens_alone_count():
     padded, bare = (IncoherenceMonitor(every=1, config=CONFIG) for _ in range(2))
     query[:, :, :20] = key[:, :, :20] = math.nan
     with padded.step(0):
-        padded.observe("layer", query, key, valid=valid)
+        padded.observe("layer", query, key, value=key, valid=valid)
     with bare.step(0):
-        bare.observe("layer", query[:, :, 20:52], key[:, :, 20:52])
+        bare.observe("layer", *(each[:, :, 20:52] for each in (query, key)), value=key[:, :, 20:52])
     for name, values in bare.latest.items():
         assert padded.latest[name] == pytest.approx(values, rel=1e-6), name
 
@@ -230,6 +257,21 @@ def test_state_is_tensors_and_plain_values(tmp_path):
     drive(monitor, range(30))
     torch.save(monitor.state_dict(), tmp_path / "state.pt")
     torch.load(tmp_path / "state.pt", weights_only=True)
+
+
+def test_a_state_of_before_a_statistic_came_starts_the_baseline_anew_and_says_so(caplog):
+    first = IncoherenceMonitor(every=1, config=CONFIG)
+    drive(first, range(30))
+    state = first.state_dict()
+    del state["judge"]["recorded"]
+    second = IncoherenceMonitor(every=1, config=CONFIG)
+    second.load_state_dict(state)
+    (told,) = [record.message for record in caplog.records if "the baseline starts anew" in record.message]
+    assert "the statistics recorded changed" in told
+    drive(second, range(30, 32))
+    second.flush()
+    assert second.samples == 32
+    assert second._pipeline.latest.verdict.armed_share == 0
 
 
 @pytest.mark.parametrize("state", [{}, {"format": 99}, None, [1]])

@@ -53,10 +53,22 @@ def full_rank(key, valid=None):
     return all(one(b, h) for b in range(key.shape[0]) for h in range(key.shape[1]))
 
 
-def assert_like_reference(query, key, *, scale=None, valid=None):
+def values_for(key, *, seed=0):
+    """Values beside keys, of another width."""
+    generator = torch.Generator().manual_seed(seed + 100)
+    return torch.randn(*key.shape[:3], key.shape[-1] + 3, generator=generator).to(key.dtype)
+
+
+def measure(query, key, value=None, **more):
+    """Every statistic; without values of its own with some that depend on nothing but the keys' shape."""
+    return head_statistics(query, key, value=values_for(key) if value is None else value, **more)
+
+
+def assert_like_reference(query, key, *, value=None, scale=None, valid=None):
     method = "svd" if query.shape[2] <= 1024 else "qr"
-    fast = head_statistics(query, key, scale=scale, valid=valid)
-    slow = reference.head_statistics(query, key, scale=scale, valid=valid, method=method)
+    value = values_for(key) if value is None else value
+    fast = head_statistics(query, key, value=value, scale=scale, valid=valid)
+    slow = reference.head_statistics(query, key, value=value, scale=scale, valid=valid, method=method)
     assert set(fast) == set(slow) == set(STATISTIC_NAMES)
     for name in SMOOTH:
         assert fast[name].dtype == torch.float32
@@ -115,15 +127,16 @@ def test_invalid_tokens_are_left_out_whatever_they_hold(dtype):
     valid = torch.ones(3, 80, dtype=torch.bool)
     valid[1, :17] = False
     valid[2, 50:] = False
-    query, key = query.clone(), key.clone()
+    query, key, value = query.clone(), key.clone(), values_for(key)
     query.transpose(1, 2)[~valid] = math.nan
     key.transpose(1, 2)[~valid] = math.inf
-    assert_like_reference(query, key, valid=valid)
+    value.transpose(1, 2)[~valid] = math.nan
+    assert_like_reference(query, key, value=value, valid=valid)
 
 
 def test_without_valid_tokens_everything_is_undefined():
     query, key = heads(length=8)
-    for name, values in head_statistics(query, key, valid=torch.zeros(1, 8, dtype=torch.bool)).items():
+    for name, values in measure(query, key, valid=torch.zeros(1, 8, dtype=torch.bool)).items():
         assert values.isnan().all(), name
 
 
@@ -158,26 +171,36 @@ def test_non_finite_input_gives_non_finite_output_for_its_head_alone(bad):
     query, key = heads(length=64, dim=16)
     key = key.clone()
     key[0, 1, 5, 3] = bad
-    values = head_statistics(query, key)
+    values = measure(query, key)
     assert not values["key_norm"][0, 1].isfinite()
     assert not values["energy_scale"][0, 1].isfinite()
     for name in STATISTIC_NAMES:
         assert values[name][0, 0].isfinite(), name
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_spoils_the_value_norm_of_its_head_alone(bad):
+    query, key = heads(length=64, dim=16)
+    value = values_for(key)
+    value[0, 1, 5, 3] = bad
+    values = measure(query, key, value)
+    assert not values.pop("value_norm")[0, 1].isfinite()
+    assert all(each.isfinite().all() for each in values.values())
+
+
 def test_no_square_array_in_length():
     """At 65,536 tokens an L x L array would take 16 GiB."""
     query, key = heads(query_heads=1, key_heads=1, length=65536, dim=8)
-    assert head_statistics(query, key)["energy_rank"].isfinite().all()
+    assert measure(query, key)["energy_rank"].isfinite().all()
 
 
 def test_autocast_and_strides_change_nothing():
     query, key = heads(batch=2, length=64, dim=32)
-    expected = head_statistics(query, key)
+    expected = measure(query, key)
     strided_query = query.transpose(1, 2).contiguous().transpose(1, 2)
     strided_key = key.transpose(1, 2).contiguous().transpose(1, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = head_statistics(strided_query, strided_key)
+        found = measure(strided_query, strided_key)
     for name in STATISTIC_NAMES:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=0)
 
@@ -186,16 +209,24 @@ def test_windows_taken_in_parts_are_windows_taken_at_once():
     query, key = heads(batch=7, query_heads=6, key_heads=3, length=256, dim=64)
     valid = torch.ones(7, 256, dtype=torch.bool)
     valid[3, 100:] = False
-    together = head_statistics(query, key, valid=valid)
+    value = values_for(key)
+    together = measure(query, key, value, valid=valid)
     for at in range(7):
-        alone = head_statistics(query[at : at + 1], key[at : at + 1], valid=valid[at : at + 1])
+        one = slice(at, at + 1)
+        alone = measure(query[one], key[one], value[one], valid=valid[one])
         for name in STATISTIC_NAMES:
             torch.testing.assert_close(together[name][at : at + 1], alone[name], rtol=1e-6, atol=0)
 
 
 def test_without_eigenvalues_the_spectral_ones_are_left_out():
     query, key = heads()
-    assert set(STATISTIC_NAMES) - set(head_statistics(query, key, eigen=False)) == {"energy_rank", "energy_stable_rank"}
+    assert set(STATISTIC_NAMES) - set(measure(query, key, eigen=False)) == {"energy_rank", "energy_stable_rank"}
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8, 4), (1, 2, 9, 4), (2, 8, 4), (1, 2, 8, 0)])
+def test_values_that_are_not_those_of_the_keys_are_refused(shape):
+    with pytest.raises(SettingError, match="value must be floating point and agree with key"):
+        head_statistics(torch.zeros(1, 4, 8, 4), torch.zeros(1, 2, 8, 4), value=torch.zeros(shape))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +299,7 @@ def test_the_energy_field_is_the_logits_less_their_row_means(case):
 @given(cases)
 def test_every_statistic_is_in_its_range(case):
     query, key = make(case)
-    found = head_statistics(query, key)
+    found = measure(query, key)
     length, dim = case["length"], case["dim"]
     upper = {
         "key_incoherence": length,
@@ -277,7 +308,7 @@ def test_every_statistic_is_in_its_range(case):
         "query_participation_rank": dim,
     }
     for name in STATISTIC_NAMES:
-        low = 0 if name in ("energy_scale", "key_norm", "energy_spread", "key_leverage") else 1
+        low = 0 if name in ("energy_scale", "key_norm", "value_norm", "energy_spread", "key_leverage") else 1
         assert (found[name] >= low * (1 - 1e-5)).all(), name
         if name in upper:
             assert (found[name] <= upper[name] * (1 + 1e-5)).all(), name
@@ -288,7 +319,7 @@ def test_every_statistic_is_in_its_range(case):
 def test_a_constant_added_to_every_key_changes_key_incoherence_and_norm_alone(case):
     query, key = make({**case, "mean": 0.0})
     moved = key + torch.randn(1, case["key_heads"], 1, case["dim"], generator=torch.Generator().manual_seed(1))
-    before, after = head_statistics(query, key), head_statistics(query, moved)
+    before, after = measure(query, key), measure(query, moved)
     unchanged = [name for name in WELL_POSED if name not in ("key_incoherence", "key_norm")]
     close(after, before, unchanged)
     assert not torch.allclose(after["key_norm"], before["key_norm"], rtol=1e-6)
@@ -300,8 +331,8 @@ def test_rotating_queries_and_keys_together_changes_nothing(case):
     query, key = make(case)
     generator = torch.Generator().manual_seed(2)
     rotation = torch.linalg.qr(torch.randn(case["dim"], case["dim"], generator=generator, dtype=torch.float64)).Q
-    before = head_statistics(query.double(), key.double())
-    after = head_statistics(query.double() @ rotation, key.double() @ rotation)
+    before = measure(query.double(), key.double())
+    after = measure(query.double() @ rotation, key.double() @ rotation)
     close(after, before, STATISTIC_NAMES)
 
 
@@ -310,8 +341,8 @@ def test_rotating_queries_and_keys_together_changes_nothing(case):
 def test_scaling_the_keys_changes_energy_scale_and_key_norm_alone(case, factor):
     query, key = make(case)
     before, after = (
-        head_statistics(query.double(), key.double()),
-        head_statistics(query.double(), factor * key.double()),
+        measure(query.double(), key.double()),
+        measure(query.double(), factor * key.double()),
     )
     close(after, before, [name for name in STATISTIC_NAMES if name not in ("energy_scale", "key_norm")])
     for name in ("energy_scale", "key_norm"):
@@ -324,7 +355,8 @@ def test_permuting_heads_permutes_results(case, random):
     query, key = make(case, group=1)
     order = list(range(case["key_heads"]))
     random.shuffle(order)
-    before, after = head_statistics(query, key), head_statistics(query[:, order], key[:, order])
+    value = values_for(key)
+    before, after = measure(query, key, value), measure(query[:, order], key[:, order], value[:, order])
     close(after, {name: values[:, order] for name, values in before.items()}, STATISTIC_NAMES, rtol=1e-5)
 
 
@@ -332,7 +364,9 @@ def test_permuting_heads_permutes_results(case, random):
 @given(cases)
 def test_grouped_queries_are_keys_repeated(case):
     query, key = make(case, group=3)
-    grouped, repeated = head_statistics(query, key), head_statistics(query, key.repeat_interleave(3, dim=1))
+    value = values_for(key)
+    repeated = measure(query, *(each.repeat_interleave(3, dim=1) for each in (key, value)))
+    grouped = measure(query, key, value)
     close(grouped, repeated, QUERY_STATISTICS, rtol=1e-5)
     close({name: grouped[name].repeat_interleave(3, dim=1) for name in KEY_STATISTICS}, repeated, KEY_STATISTICS)
 
@@ -342,7 +376,21 @@ def test_grouped_queries_are_keys_repeated(case):
 def test_permuting_tokens_changes_nothing(case):
     query, key = make(case)
     order = torch.randperm(case["length"], generator=torch.Generator().manual_seed(5))
-    close(head_statistics(query[:, :, order], key[:, :, order]), head_statistics(query, key), WELL_POSED)
+    value = values_for(key)
+    close(measure(query[:, :, order], key[:, :, order], value[:, :, order]), measure(query, key, value), WELL_POSED)
+
+
+@few
+@given(cases, st.floats(1e-3, 1e3))
+def test_the_value_norm_scales_with_the_values_and_nothing_else_does(case, factor):
+    query, key = make(case)
+    value = values_for(key, seed=case["seed"]).double()
+    rotation = torch.linalg.qr(torch.randn(value.shape[-1], value.shape[-1], dtype=torch.float64)).Q
+    before, after = measure(query, key, value), measure(query, key, factor * value @ rotation)
+    torch.testing.assert_close(after.pop("value_norm"), factor * before.pop("value_norm"), rtol=1e-5, atol=0)
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=0, equal_nan=True)
+    assert "value_norm" not in head_statistics(query, key)
 
 
 def test_key_leverage_is_constant_where_the_window_is_no_longer_than_the_width():

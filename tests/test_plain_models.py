@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -58,10 +59,12 @@ def test_values_are_those_of_the_queries_and_keys_used(style):
     assert len(coverage.seen) == 2
     for layer, (_, module) in zip(coverage.seen, attention_layers(model).items(), strict=True):
         # Sequences are exactly one window long, so all eight windows are the eight sequences.
-        query, key, scale = module.seen[0]
-        for statistic, values in head_statistics(query, key, scale=scale).items():
-            for head, value in enumerate(values.log().mean(dim=0).exp().tolist()):
-                assert latest[statistic][layer, head] == pytest.approx(value, rel=1e-4), (statistic, head)
+        query, key, value, scale = module.seen[0]
+        expected = head_statistics(query, key, value=value, scale=scale)
+        assert set(expected) == set(latest)
+        for statistic, values in expected.items():
+            for head, mean in enumerate(values.log().mean(dim=0).exp().tolist()):
+                assert latest[statistic][layer, head] == pytest.approx(mean, rel=1e-4), (statistic, head)
 
 
 @pytest.mark.parametrize("style", EAGER)
@@ -94,10 +97,33 @@ def test_compiled_it_is_seen_too_with_one_graph_more(style, one_thread):
             assert len(monitor.coverage().seen) == 2, monitor.coverage()
             assert [tap.counter.counted for tap in monitor._capture.taps] == [1, 1]
             assert not monitor.coverage().failures
+            assert np.isfinite(list(monitor.latest["value_norm"].values())).all()
             monitor.close()
         return result
 
     assert losses(False) == losses(True)
+
+
+@pytest.mark.parametrize(
+    "style", ["Dropped", "Interleaved", "Grouped", "Twice", "Unfollowed", "NoValues", "Shared", "Transposed"]
+)
+def test_values_by_hand_are_followed_or_undefined(style):
+    model = make(style)
+    with IncoherenceMonitor(model, every=1, config=CONFIG) as monitor:
+        run(model, monitor=monitor, steps=1)
+        latest, coverage = monitor.latest, monitor.coverage()
+    assert not coverage.failures
+    assert len(coverage.seen) == 2
+    for layer, module in attention_layers(model).items():
+        _, key, value, _ = module.seen[0]
+        found = [latest["value_norm"][layer, head] for head in range(key.shape[1])]
+        if module.followed:
+            assert found == pytest.approx(value.norm(dim=-1).mean(dim=-1).log().mean(dim=0).exp().tolist(), rel=1e-4)
+        else:
+            assert np.isnan(found).all()
+        assert latest["key_norm"][layer, 0] == pytest.approx(
+            key.norm(dim=-1).mean(dim=-1).log().mean(dim=0).exp()[0].item()
+        )
 
 
 def test_products_by_hand_in_a_compiled_model_are_named(one_thread, caplog):
@@ -137,6 +163,7 @@ def test_flex_attention_is_captured(style, one_thread):
             monitor.flush()
             assert len(monitor.coverage().seen) == 2
             assert set(monitor.coverage().ways.values()) == {functions.FLEX_WAY}
+            assert np.isfinite(list(monitor.latest["value_norm"].values())).all()
             assert not monitor.coverage().failures
             monitor.close()
         return result
@@ -171,9 +198,9 @@ def test_heads_of_one_each_are_layers_of_one_head():
         latest = monitor.latest
         assert len(monitor.coverage().seen) == 6
     for name, module in attention_layers(model).items():
-        query, key, scale = module.seen[0]
-        expected = head_statistics(query, key, scale=scale)["energy_scale"].log().mean().exp().item()
-        assert latest["energy_scale"][name, 0] == pytest.approx(expected, rel=1e-4)
+        query, key, value, scale = module.seen[0]
+        for statistic, values in head_statistics(query, key, value=value, scale=scale).items():
+            assert latest[statistic][name, 0] == pytest.approx(values.log().mean().exp().item(), rel=1e-4), statistic
 
 
 class Encoder(nn.Module):
@@ -246,8 +273,13 @@ def test_multihead_attention_is_measured_on_its_own_projections():
             (model[0].q_proj_weight, model[0].k_proj_weight), model[0].in_proj_bias.chunk(3), strict=False
         )
     )
-    expected = head_statistics(query, key)["energy_scale"].log().mean(dim=0).exp()
-    assert list(latest["energy_scale"].values()) == pytest.approx(expected.tolist(), rel=1e-4)
+    values = (
+        (value @ model[0].v_proj_weight.T + model[0].in_proj_bias.chunk(3)[2]).unflatten(-1, (4, 8)).transpose(1, 2)
+    )
+    expected = head_statistics(query, key, value=values)
+    for statistic in ("energy_scale", "value_norm"):
+        mean = expected[statistic].log().mean(dim=0).exp()
+        assert list(latest[statistic].values()) == pytest.approx(mean.tolist(), rel=1e-4)
 
 
 class WavLM(nn.Module):
@@ -276,9 +308,13 @@ def test_the_function_behind_multihead_attention():
             model(x)
         latest = monitor.latest
         assert not monitor.coverage().failures
-    query, key = (part(x).unflatten(-1, (4, 8)).transpose(1, 2) for part in (model[0].query, model[0].key))
-    expected = head_statistics(query, key)["energy_scale"].log().mean(dim=0).exp()
-    assert list(latest["energy_scale"].values()) == pytest.approx(expected.tolist(), rel=1e-4)
+    query, key, value = (
+        part(x).unflatten(-1, (4, 8)).transpose(1, 2) for part in (model[0].query, model[0].key, model[0].value)
+    )
+    expected = head_statistics(query, key, value=value)
+    for statistic in ("energy_scale", "value_norm"):
+        mean = expected[statistic].log().mean(dim=0).exp()
+        assert list(latest[statistic].values()) == pytest.approx(mean.tolist(), rel=1e-4)
 
 
 def test_a_forward_that_raises_leaves_no_mode_behind():
@@ -337,7 +373,7 @@ class Shown(styles.Attention):
     def forward(self, x):
         q, k, v = self.heads(x)
         if self.monitor is not None:
-            self.monitor.observe(self.name, q, k)
+            self.monitor.observe(self.name, q, k, value=v)
         return self.close((q @ k.transpose(-1, -2)).softmax(-1) @ v)
 
 
@@ -355,6 +391,7 @@ def test_observe_inside_a_compiled_model(one_thread):
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
             assert monitor.coverage().seen == ("layer0", "layer1")
             assert not monitor.coverage().failures
+            assert np.isfinite(list(monitor.latest["value_norm"].values())).all()
             monitor.close()
         return result
 

@@ -96,6 +96,33 @@ def _einsum(equation: str, operands: Any) -> Product | None:
     return Product(arrange(query, of_query, row), arrange(key, of_key, column), 1.0)
 
 
+def values_of(name: str, args: tuple[Any, ...], weights: Tensor) -> Tensor | None:
+    """The values [..., L, dv] that a function multiplies attention weights [..., L, L] with; None if it does not."""
+    if name in _PRODUCTS and len(args) > 1 and args[0] is weights:
+        return args[1] if isinstance(args[1], Tensor) and args[1].dim() > 2 else None
+    if name == "einsum" and len(args) == 3 and isinstance(args[0], str) and args[1] is weights:
+        names, _, result = args[0].replace(" ", "").partition("->")
+        of_weights, _, of_values = names.partition(",")
+        width = set(of_values) - set(of_weights)
+        kept = [each for each in of_weights[:-2] if each in of_values]
+        order = [*kept, of_weights[-1], *width]
+        # Distinct names, all of which are among those of the weights or the width, and only the keys summed over.
+        if len(width) == 1 and sorted(order) == sorted(of_values) and set(of_weights) - set(result) == {of_weights[-1]}:
+            values: Tensor = args[2].permute([of_values.index(each) for each in order])
+            return values
+    return None
+
+
+def like_keys(values: Tensor, key: Tensor) -> Tensor | None:
+    """Values [..., L, dv] as [B, Hk, L, dv] beside keys [B, Hk, L, d]; None where they are not as many.
+
+    The dimensions before the last two are those of the weights, batch before heads as in the keys, together or apart.
+    """
+    if values.shape[-2] != key.shape[-2] or values.numel() != key.shape[:3].numel() * values.shape[-1]:
+        return None
+    return values.reshape(*key.shape[:3], values.shape[-1])
+
+
 def heads_of(product: Product, logits: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor] | None:
     """Queries and keys as [B, H, L, d], and the logits as [B, H, L, L]; None where batch and heads cannot be told."""
     query, key = product.query, product.key

@@ -1,6 +1,6 @@
 """What capture hands on, and how forwards are told from recomputations.
 
-Capture yields queries and keys and knows no formula.
+Capture yields queries, keys and values and knows no formula.
 
 Layer 3: imports torch alone.
 """
@@ -26,6 +26,7 @@ class AttentionInput:
         valid: bool [B, L], or None if every token is valid.
         micro: which of the step's micro-batches this is, from 0.
         starts: bool [B, L], True where a packed document begins; None if every sequence is one document.
+        value: [B, Hk, L, dv], detached; None where the way of capture does not reach it.
     """
 
     layer: str
@@ -35,6 +36,7 @@ class AttentionInput:
     valid: Tensor | None
     micro: int
     starts: Tensor | None = None
+    value: Tensor | None = None
 
 
 Receiver = Callable[[AttentionInput], None]

@@ -42,55 +42,60 @@ def _sdpa(args: tuple[Any, ...], given: dict[str, Any]) -> None:
 def _flex(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     module = running()
     if module is not None:
-        query, key, _, _, mask, scale = _bind(
+        query, key, value, _, mask, scale = _bind(
             args, given, ("query", "key", "value", "score_mod", "block_mask", "scale")
         )
-        tap(module, query, key, scale=scale, mask=mask, way=FLEX_WAY)
+        tap(module, query, key, value=value, scale=scale, mask=mask, way=FLEX_WAY)
 
 
 def _flash(args: tuple[Any, ...], given: dict[str, Any]) -> None:
-    """`flash_attn_func`: q and k [B, L, H, d]."""
-    _take_flash(given["q"], given["k"], given.get("softmax_scale"))
+    """`flash_attn_func`: q, k and v [B, L, H, d]."""
+    _take_flash(given["q"], given["k"], given.get("v"), given.get("softmax_scale"))
 
 
 def _flash_packed(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     """`flash_attn_qkvpacked_func`: qkv [B, L, 3, H, d]."""
-    _take_flash(given["qkv"][:, :, 0], given["qkv"][:, :, 1], given.get("softmax_scale"))
+    query, key, value = given["qkv"].unbind(2)
+    _take_flash(query, key, value, given.get("softmax_scale"))
 
 
 def _flash_varlen(args: tuple[Any, ...], given: dict[str, Any]) -> None:
-    """`flash_attn_varlen_func`: q and k [T, H, d]."""
-    _take_flash(given["q"][None], given["k"][None], given.get("softmax_scale"), ends=given["cu_seqlens_q"])
+    """`flash_attn_varlen_func`: q, k and v [T, H, d]."""
+    value = given.get("v")
+    value = value if value is None else value[None]
+    _take_flash(given["q"][None], given["k"][None], value, given.get("softmax_scale"), ends=given["cu_seqlens_q"])
 
 
 def _flash_varlen_packed(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     """`flash_attn_varlen_qkvpacked_func`: qkv [T, 3, H, d]."""
-    packed = given["qkv"][None]
-    _take_flash(packed[:, :, 0], packed[:, :, 1], given.get("softmax_scale"), ends=given["cu_seqlens"])
+    query, key, value = given["qkv"][None].unbind(2)
+    _take_flash(query, key, value, given.get("softmax_scale"), ends=given["cu_seqlens"])
 
 
-def _take_flash(query: Tensor, key: Tensor, scale: float | None, *, ends: Tensor | None = None) -> None:
+def _take_flash(
+    query: Tensor, key: Tensor, value: Tensor | None, scale: float | None, *, ends: Tensor | None = None
+) -> None:
     module = running()
     if module is None:
         return
     query, key = query.transpose(1, 2), key.transpose(1, 2)
+    value = None if value is None else value.transpose(1, 2)
     seen = (None, None if ends is None else starts_of(ends, query.shape[2]))
-    tap(module, query, key, scale=scale, seen=seen, way=FLASH_WAY)
+    tap(module, query, key, value=value, scale=scale, seen=seen, way=FLASH_WAY)
 
 
 def _multihead(args: tuple[Any, ...], given: dict[str, Any]) -> None:
-    """`multi_head_attention_forward`, called by a module that is no nn.MultiheadAttention; query and key [L, B, E]."""
+    """`multi_head_attention_forward`, called by a module that is no nn.MultiheadAttention; its inputs are [L, B, E]."""
     module = running()
     if module is None:
         return
     separate = given.get("use_separate_proj_weight", False)
     multihead.project_and_tap(
         module,
-        given["query"].transpose(0, 1),
-        given["key"].transpose(0, 1),
+        *(given[name].transpose(0, 1) for name in ("query", "key", "value")),
         heads=given["num_heads"],
         packed=(given["in_proj_weight"], given["in_proj_bias"]),
-        separate=(given["q_proj_weight"], given["k_proj_weight"]) if separate else None,
+        separate=(given["q_proj_weight"], given["k_proj_weight"], given["v_proj_weight"]) if separate else None,
         masks=(given.get("key_padding_mask"), given.get("attn_mask")),
     )
 
@@ -109,7 +114,7 @@ _FLASH: dict[str, tuple[Take, set[str]]] = {
 
 
 def _take_for(function: Any) -> tuple[Take, tuple[str, ...]] | None:
-    """What takes a function's queries and keys, and the names of its arguments in order; None if not known.
+    """What takes a function's queries, keys and values, and the names of its arguments in order; None if not known.
 
     torch's functions are known by identity: others of the same name may mean other things by their arguments.
     """

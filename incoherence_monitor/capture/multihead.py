@@ -1,4 +1,4 @@
-"""Capture of `nn.MultiheadAttention`, whose queries and keys exist only inside one function of torch.
+"""Capture of `nn.MultiheadAttention`, whose queries, keys and values exist only inside one function of torch.
 
 A forward hook computes them again from the module's inputs and projection weights, in sampled steps alone. The same
 arithmetic as the module's own, under the same autocast; nothing of the module's run is touched.
@@ -48,54 +48,57 @@ def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
 
 
 def _take(module: nn.MultiheadAttention, given: dict[str, Any]) -> None:
-    query, key = given["query"], given["key"]
+    query, key, value = given["query"], given["key"], given["value"]
     if query.is_nested:
         raise ValueError("nested tensors are not understood; call monitor.observe(...) there")
     if query.dim() == 2:
-        query, key = query[None], key[None]
+        query, key, value = query[None], key[None], value[None]
     elif not module.batch_first:
-        query, key = query.transpose(0, 1), key.transpose(0, 1)
-    separate = (module.q_proj_weight, module.k_proj_weight) if module.in_proj_weight is None else None
+        query, key, value = (each.transpose(0, 1) for each in (query, key, value))
+    weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    separate = weights if module.in_proj_weight is None else None
     packed = (module.in_proj_weight, module.in_proj_bias)
     masks = (given.get("key_padding_mask"), given.get("attn_mask"))
-    project_and_tap(module, query, key, heads=module.num_heads, packed=packed, separate=separate, masks=masks)
+    project_and_tap(module, query, key, value, heads=module.num_heads, packed=packed, separate=separate, masks=masks)
 
 
 def project_and_tap(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     *,
     heads: int,
     packed: tuple[Tensor | None, Tensor | None],
-    separate: tuple[Tensor, Tensor] | None,
+    separate: tuple[Tensor, Tensor, Tensor] | None,
     masks: tuple[Tensor | None, Tensor | None],
 ) -> None:
-    """Compute queries and keys as `multi_head_attention_forward` does, and take them.
+    """Compute queries, keys and values as `multi_head_attention_forward` does, and take them.
 
     Args:
         module: the watched module.
         query: [B, L, E], before the projection.
         key: [B, L, E or another width].
+        value: [B, L, E or another width].
         heads: number of heads.
         packed: weight [3 E, E] and bias [3 E] of all projections.
-        separate: weights of the query and key projections, where there is no packed one.
+        separate: weights of the query, key and value projections, where there is no packed one.
         masks: key padding mask [B, L] and attention mask [L, L] or [B H, L, L], in which True forbids.
     """
     weight, bias = packed
     gradient = torch.is_grad_enabled()
     with torch.no_grad():
-        weights = separate
+        weights: tuple[Tensor, ...] | None = separate
         if weights is None:
             assert weight is not None
-            weights = (weight.chunk(3)[0], weight.chunk(3)[1])
-        biases = (None, None) if bias is None else (bias.chunk(3)[0], bias.chunk(3)[1])
-        projected = [functional.linear(x, w, b) for x, w, b in zip((query, key), weights, biases, strict=True)]
-        query, key = (each.reshape(*each.shape[:2], heads, -1).transpose(1, 2) for each in projected)
+            weights = weight.chunk(3)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        projected = [functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+        query, key, value = (each.reshape(*each.shape[:2], heads, -1).transpose(1, 2) for each in projected)
         seen = _tokens(*masks, heads=heads, batch=query.shape[0], length=query.shape[2])
     # Whether the call counts depends on the gradient mode it was made in.
     with torch.set_grad_enabled(gradient):
-        tap(module, query, key, scale=None, seen=seen, way=WAY)
+        tap(module, query, key, value=value, scale=None, seen=seen, way=WAY)
 
 
 def _tokens(

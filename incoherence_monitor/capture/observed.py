@@ -1,6 +1,6 @@
 """What users show by `IncoherenceMonitor.observe`, in eager and in compiled code.
 
-Layer 3: imports capture.base and taps.
+Layer 3: imports capture.base and operators.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .base import AttentionInput, CallCounter, Receiver
-from .taps import Call, numbered_slot
+from .base import CallCounter, Receiver
+from .operators import Call, numbered_slot
 
 
 class Observations:
@@ -38,6 +38,7 @@ class Observations:
         query: Tensor,
         key: Tensor,
         *,
+        value: Tensor | None,
         scale: float | None,
         valid: Tensor | None,
         starts: Tensor | None,
@@ -45,13 +46,12 @@ class Observations:
         """Take one call, as `IncoherenceMonitor.observe` describes it; in compiled code by an opaque operator."""
         if torch.compiler.is_compiling():
             factor = query.shape[-1] ** -0.5 if scale is None else scale
-            torch.ops.incoherence_monitor.observed(
-                name, query.detach(), key.detach(), valid, starts, self._slot, factor
-            )
+            handed = [None if each is None else each.detach() for each in (query, key, value)]
+            torch.ops.incoherence_monitor.observed(name, *handed, valid, starts, self._slot, factor)
             return
         try:
             factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
-            call = Call(query, key, factor, valid, starts)
+            call = Call(query, key, value, factor, valid, starts)
         except Exception as error:  # Whatever goes wrong, training goes on.
             self._on_error(name, error)
             return
@@ -62,7 +62,6 @@ class Observations:
         try:
             taken = self._counters.setdefault(name, CallCounter()).take()
             if taken is not None:
-                scale = float(call.scale)
-                self._receiver(AttentionInput(name, call.query, call.key, scale, call.valid, taken[1], call.starts))
+                self._receiver(call.counted(name, taken[1]))
         except Exception as error:  # Whatever goes wrong, training goes on.
             self._on_error(name, error)

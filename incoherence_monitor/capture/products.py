@@ -1,9 +1,10 @@
 """Capture of attention written by hand, and of sdpa under any name, in eager code.
 
 While a watched module of this kind runs, in sampled steps alone, a `TorchFunctionMode` looks at the torch functions
-it calls: it remembers the product of queries and keys and follows it through scaling and masking to the softmax. The
-mode calls every function as it was called, so results are bit-identical; it is left when the module returns, and with
-it goes what was remembered. Never in compiled code, where modes change what is compiled.
+it calls: it remembers the product of queries and keys and follows it through scaling and masking to the softmax, and
+the weights that come of it to their product with the values, which may stay unknown. The mode calls every function as
+it was called, so results are bit-identical; it is left when the module returns, and with it goes what was remembered.
+Never in compiled code, where modes change what is compiled.
 
 Layer 3: imports capture.algebra, current, discovery and taps.
 """
@@ -11,7 +12,7 @@ Layer 3: imports capture.algebra, current, discovery and taps.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import current
-from .algebra import Product, heads_of, product_of, scaled, tokens_of
+from .algebra import Product, heads_of, like_keys, product_of, scaled, tokens_of, values_of
 from .discovery import is_compiled
 from .taps import failed, place_of, skip, tap
 
@@ -34,6 +35,7 @@ _SUBTRACTING = {"sub", "__sub__", "sub_", "__isub__"}
 _KEEPING = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "clone", "contiguous", "clamp", "clamp_",
             "nan_to_num", "tanh", "dropout"}  # fmt: skip
 _RESHAPING = {"view", "reshape", "unflatten", "flatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "expand"}
+_WEIGHTS_KEEPING = _KEEPING | _RESHAPING | set(_SCALING) | {"masked_fill", "masked_fill_"}
 _MIXED = "its logits are a sum of several products (relative positions), so no one query and key make them"
 _EVALUATING = "the module was in evaluation mode"
 _COMPILED = "a part of it is compiled, through which products by hand cannot be followed"
@@ -46,11 +48,26 @@ _FOLLOWERS: list[_Follower] = []
 
 
 @dataclass
+class _Awaiting:
+    """An attention call whose values are still to come.
+
+    Its keys [B, Hk, L, d], how to take it with the values, whether it was made with gradient, and its weights, once
+    the softmax has given them.
+    """
+
+    key: Tensor
+    take: Callable[[Tensor | None], None]
+    gradient: bool
+    weights: weakref.ref[Tensor] | None = None
+
+
+@dataclass
 class _Frame:
     """What is remembered while one module runs; `shape` is that of its first input, () if there is none."""
 
     module: nn.Module
     shape: tuple[int, ...]
+    awaiting: _Awaiting | None = None
     products: dict[int, tuple[weakref.ref[Tensor], Product]] = field(default_factory=dict)
 
     def of(self, value: Any) -> Product | None:
@@ -71,6 +88,8 @@ class _Follower(TorchFunctionMode):
     def leave(self) -> bool:
         """Take this mode off the stack, if it is on top of this thread's; nobody else's is ever taken off."""
         self.frame.products.clear()
+        with torch._C.DisableTorchFunction():
+            self._settle(None)
         depth = torch._C._len_torch_function_stack()
         if not depth or torch._C._get_function_stack_at(depth - 1) is not self:
             return False
@@ -95,7 +114,8 @@ class _Follower(TorchFunctionMode):
         out = func(*args, **given)
         if mine and isinstance(out, Tensor) and out.dim() > 2:
             try:
-                self._follow(name, args, given, out)
+                if self.frame.awaiting is None or not self._towards_values(name, args, out):
+                    self._follow(name, args, given, out)
             except Exception as error:
                 failed(self.frame.module, error)
         return out
@@ -128,7 +148,31 @@ class _Follower(TorchFunctionMode):
         elif out is given_to:
             self.frame.products.pop(id(out), None)
 
+    def _towards_values(self, name: str, args: tuple[Any, ...], out: Tensor) -> bool:
+        """Follow the attention weights to their product with the values; whether that is what was called."""
+        awaiting = self.frame.awaiting
+        assert awaiting is not None
+        if name in _SOFTMAX and awaiting.weights is None:
+            awaiting.weights = weakref.ref(out)
+        weights = None if awaiting.weights is None else awaiting.weights()
+        if weights is None:
+            return False
+        if (values := values_of(name, args, weights)) is not None:
+            self._settle(like_keys(values, awaiting.key))
+            return True
+        if args and args[0] is weights and name in _WEIGHTS_KEEPING:
+            awaiting.weights = weakref.ref(out)
+        return False
+
+    def _settle(self, values: Tensor | None) -> None:
+        """Take the call that waits for its values, with them or without."""
+        awaiting, self.frame.awaiting = self.frame.awaiting, None
+        if awaiting is not None:
+            with torch.set_grad_enabled(awaiting.gradient):
+                awaiting.take(values)
+
     def _softmax(self, logits: Tensor, dim: Any) -> None:
+        self._settle(None)
         product = self.frame.of(logits)
         place = place_of(self.frame.module)
         if place is None:
@@ -148,7 +192,11 @@ class _Follower(TorchFunctionMode):
         for factor in product.factors:
             query = query * factor.detach().to(query.dtype)
         seen = tokens_of(masked) if query.shape[2] == key.shape[2] else (None, None)
-        tap(self.frame.module, query, key, scale=product.scale, seen=seen, way=WAY)
+
+        def take(values: Tensor | None) -> None:
+            tap(self.frame.module, query, key, value=values, scale=product.scale, seen=seen, way=WAY)
+
+        self.frame.awaiting = _Awaiting(key, take, torch.is_grad_enabled())
 
 
 def take_sdpa(
@@ -162,20 +210,22 @@ def take_sdpa(
         given: arguments by name.
         shape: of the module's first input, () if unknown.
     """
-    query, key = (given.get(name, args[at] if len(args) > at else None) for at, name in enumerate(("query", "key")))
+    query, key, value = (
+        given.get(name, args[at] if len(args) > at else None) for at, name in enumerate(("query", "key", "value"))
+    )
     mask = given.get("attn_mask", args[3] if len(args) > 3 else None)
     assert query is not None
     assert key is not None
     if query.dim() == 3 and shape and shape[0] == query.shape[0]:
         # One head.
-        query, key = query[:, None], key[:, None]
+        query, key, value = (each if each is None else each[:, None] for each in (query, key, value))
         mask = mask if mask is None or mask.dim() == 2 else mask[:, None]
     if query.dim() != 4 or key.dim() != 4:
         skip(module, _ONE_DIMENSION)
         return
     if mask is not None:
         mask = mask.reshape(*[1] * (4 - mask.dim()), *mask.shape)
-    tap(module, query, key, scale=given.get("scale"), mask=mask, way=SDPA_WAY)
+    tap(module, query, key, value=value, scale=given.get("scale"), mask=mask, way=SDPA_WAY)
 
 
 def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Capture of Hugging Face layers, at the one place where every routed attention layer asks for its function.
 
 `transformers.modeling_utils.AttentionInterface.get_interface` is replaced once. Unless a capture is armed it returns
-the original function untouched, at the price of one flag test; armed, it returns a wrapper that hands on query and
-key (after rotary embedding and QK-norm, before `repeat_kv`) and then calls the original function with what it was
+the original function untouched, at the price of one flag test; armed, it returns a wrapper that hands on query, key
+and value (after rotary embedding and QK-norm, before `repeat_kv`) and then calls the original function with what it was
 given (CAPTURE.md, "one interception point").
 
 Layer 3: imports capture.taps; transformers inside functions.
@@ -44,7 +44,7 @@ def install() -> None:
 
 
 def _tapped(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call an attention function with what it was given, after taking queries and keys from it."""
+    """Call an attention function with what it was given, after taking queries, keys and values from it."""
     module: Any = args[0] if args else kwargs.get("module")
     if getattr(module, SLOT, None) is not None:
         if torch.compiler.is_compiling():
@@ -62,7 +62,8 @@ def _take(function: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, A
     given = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
     if len(args) > len(_NAMES):
         given = {**inspect.signature(function).bind(*args, **kwargs).arguments, **kwargs}
-    query, key = given["query"], given["key"]
-    # Compressed entries follow the tokens' own keys (DeepSeek V4).
-    own = key[:, :, : query.shape[2]] if getattr(module, "compressor", None) is not None else key
-    tap(module, query, own, scale=given.get("scaling"), mask=given.get("attention_mask"), kwargs=kwargs)
+    query, key, value = given["query"], given["key"], given.get("value")
+    if getattr(module, "compressor", None) is not None:
+        # Compressed entries follow the tokens' own keys (DeepSeek V4).
+        key, value = (each if each is None else each[:, :, : query.shape[2]] for each in (key, value))
+    tap(module, query, key, value=value, scale=given.get("scaling"), mask=given.get("attention_mask"), kwargs=kwargs)

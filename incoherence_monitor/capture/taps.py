@@ -1,16 +1,15 @@
-"""Taps: where queries and keys leave the forward, in eager and in compiled code alike.
+"""Taps: where queries, keys and values leave the forward, in eager and in compiled code alike.
 
 A watched module's `Place` is shared by all monitors that watch it. While one is armed a small host tensor, the slot,
 lies beside the module; its presence is what Dynamo guards on, which gives two cached graphs, armed and idle. In the
 armed graph the tap is an opaque custom operator that reads the place's number from the slot: a graph shared by several
 layers then needs no compilation for each.
 
-Layer 3: imports capture.algebra, base, discovery and masks.
+Layer 3: imports capture.algebra, base, discovery, masks and operators.
 """
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -20,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from .algebra import repeats
-from .base import AttentionInput, CallCounter, Receiver
+from .base import CallCounter, Receiver
 from .discovery import Found
-from .masks import TELLING, TokensCache, tokens, worth_knowing
+from .masks import TELLING, tokens
+from .operators import CACHE, Call, numbered_slot
 
 SLOT = "_incoherence_slot"
 ROUTED = "transformers' attention interface"
@@ -37,42 +37,25 @@ class Switch:
 
 SWITCH = Switch()
 _PLACES: weakref.WeakKeyDictionary[nn.Module, Place] = weakref.WeakKeyDictionary()
-_BY_NUMBER: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-_NUMBERS = itertools.count()
-_CACHE = TokensCache()
 
 
 class Place:
-    """A watched module, whoever watches it: its number, and the taps that are armed on it."""
+    """A watched module, whoever watches it: its slot, and the taps that are armed on it."""
 
     def __init__(self) -> None:
         """Take the next number."""
-        self.number = next(_NUMBERS)
-        self.slot = torch.tensor([self.number, 0], device="cpu")
+        self.slot = numbered_slot(self)
         self.armed: list[Tap] = []
-        _BY_NUMBER[self.number] = self
 
     def hand_on(self, call: Call) -> None:
         """Give a call to all who watch."""
         for tap in self.armed:
             tap.receive(call)
 
-
-class Call:
-    """One attention call: what `AttentionInput` says of it before it is counted."""
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        scale: float,
-        valid: Tensor | None,
-        starts: Tensor | None,
-        way: str = "",
-    ) -> None:
-        """Hold detached tensors, which share the model's memory."""
-        self.query, self.key, self.scale = query.detach(), key.detach(), scale
-        self.valid, self.starts, self.way = valid, worth_knowing(valid, starts), way
+    def failed(self, error: BaseException) -> None:
+        """Count a failure to take a call."""
+        for tap in self.armed:
+            tap.owner.on_error(tap.name, error)
 
 
 class Tap:
@@ -126,11 +109,7 @@ class Tap:
             if self.repeats == 0:
                 self.repeats = repeats(call.key) if self.way != ROUTED else 1
             name = f"{self.name}/{use + 1}" if use else self.name
-            self.owner.receiver(
-                AttentionInput(
-                    name, call.query, call.key[:, :: self.repeats], call.scale, call.valid, micro, starts=call.starts
-                )
-            )
+            self.owner.receiver(call.counted(name, micro, self.repeats))
         except Exception as error:  # Whatever goes wrong, training goes on.
             self.owner.on_error(self.name, error)
 
@@ -165,13 +144,6 @@ class TapOwner:
         self.forward = 0
 
 
-def numbered_slot(holder: Any) -> Tensor:
-    """A slot for what is no module; `holder.receive(name, call)` is then called from compiled code."""
-    number = next(_NUMBERS)
-    _BY_NUMBER[number] = holder
-    return torch.tensor([number, 0], device="cpu")
-
-
 def why_not(module: nn.Module, query: Tensor, key: Tensor) -> str | None:
     """Why a call of a watched module does not count, if it does not."""
     if torch._C._functorch.maybe_current_level() is not None:
@@ -197,6 +169,7 @@ def tap(
     query: Tensor,
     key: Tensor,
     *,
+    value: Tensor | None = None,
     scale: float | None,
     mask: Any = None,
     kwargs: Mapping[str, Any] | None = None,
@@ -209,6 +182,7 @@ def tap(
         module: the watched module that makes the call.
         query: [B, Hq, L, d], after rotary embedding and QK-norm.
         key: [B, Hk, L, d].
+        value: [B, Hk, L, dv]; None where it is not known.
         scale: the factor s of the product; None means d ** -0.5.
         mask: as `masks.tokens` takes it.
         kwargs: the call's other arguments, which may tell of packed documents.
@@ -230,7 +204,8 @@ def tap(
             factor = query.shape[-1] ** -0.5 if scale is None else scale
             told = [each if isinstance(each, Tensor) else None for each in told]
             selects = "indices" in given
-            torch.ops.incoherence_monitor.tap(query.detach(), key.detach(), *told, valid, starts, slot, factor, selects)
+            handed = [None if each is None else each.detach() for each in (query, key, value)]
+            torch.ops.incoherence_monitor.tap(*handed, *told, valid, starts, slot, factor, selects)
         return
     place = place_of(module)
     if place is None:
@@ -242,8 +217,8 @@ def tap(
             return
         batch, _, length, dim = query.shape
         if seen is None:
-            seen = _CACHE(mask, kwargs or {}, batch=batch, length=length, device=query.device)
-        call = Call(query, key, dim**-0.5 if scale is None else float(scale), *seen, way)
+            seen = CACHE(mask, kwargs or {}, batch=batch, length=length, device=query.device)
+        call = Call(query, key, value, dim**-0.5 if scale is None else float(scale), *seen, way)
     except Exception as error:  # Whatever goes wrong, training goes on.
         failed(module, error)
         return
@@ -260,69 +235,5 @@ def skip(module: nn.Module, reason: str) -> None:
 def failed(module: nn.Module, error: BaseException) -> None:
     """Count a failure to take a watched module's call."""
     place = place_of(module)
-    for one in place.armed if place is not None else ():
-        one.owner.on_error(one.name, error)
-
-
-@torch.library.custom_op("incoherence_monitor::tap", mutates_args=("slot",))
-def _tap_op(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    ends: Tensor | None,
-    positions: Tensor | None,
-    valid: Tensor | None,
-    starts: Tensor | None,
-    slot: Tensor,
-    scale: float,
-    selects: bool,
-) -> None:
-    """Hand on what a compiled attention layer received; `slot` is [number of the place, calls so far] on the host."""
-    slot[1] += 1
-    place = _BY_NUMBER.get(int(slot[0]))
-    if place is None:
-        return
-    try:
-        if valid is None and starts is None:
-            given = dict(zip(TELLING, (ends, positions), strict=True)) | ({"indices": None} if selects else {})
-            valid, starts = _CACHE(mask, given, batch=len(query), length=query.shape[2], device=query.device)
-        call = Call(query, key, scale, valid, starts)
-    except Exception as error:  # Whatever goes wrong, training goes on.
-        for one in place.armed:
-            one.owner.on_error(one.name, error)
-        return
-    place.hand_on(call)
-
-
-@_tap_op.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    ends: Tensor | None,
-    positions: Tensor | None,
-    valid: Tensor | None,
-    starts: Tensor | None,
-    slot: Tensor,
-    scale: float,
-    selects: bool,
-) -> None:
-    return None
-
-
-@torch.library.custom_op("incoherence_monitor::observed", mutates_args=("slot",))
-def _observed_op(
-    name: str, query: Tensor, key: Tensor, valid: Tensor | None, starts: Tensor | None, slot: Tensor, scale: float
-) -> None:
-    """As `tap`, for `IncoherenceMonitor.observe` inside a compiled model."""
-    slot[1] += 1
-    holder = _BY_NUMBER.get(int(slot[0]))
-    if holder is not None:
-        holder.receive(name, Call(query, key, scale, valid, starts))
-
-
-@_observed_op.register_fake
-def _(
-    name: str, query: Tensor, key: Tensor, valid: Tensor | None, starts: Tensor | None, slot: Tensor, scale: float
-) -> None:
-    return None
+    if place is not None:
+        place.failed(error)

@@ -6,7 +6,7 @@ From query [B, Hq, L, d] and key [B, Hk, L, d] to one number per window and head
 Legend of shape suffixes: B windows, G key heads, R query heads per key head, Q = G * R query heads, L tokens,
 D head dimension.
 
-Layer 1: imports torch, errors and constants.
+Layer 1: imports torch, errors, constants and shapes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import SettingError
 from .constants import KEYS_EQUAL_BELOW, RANK_SHARE
+from .shapes import check_shapes
 
 _FULL_RANK_ABOVE = 1e-11
 """Smallest squared Cholesky pivot, as a share of the Gram matrix's norm, at which keys count as of full rank."""
@@ -23,40 +24,6 @@ _FULL_RANK_RIDGE = 1e-15
 _DEFICIENT_RIDGE = 1e-11
 """Ridge that stands in for the pseudo-inverse of deficient keys: it keeps singular values above 1e-4 of the largest
 to within 1e-3, drops those below 1e-6, and needs neither an SVD nor a host sync."""
-
-
-def check_shapes(query: Tensor, key: Tensor, valid: Tensor | None = None, starts: Tensor | None = None) -> None:
-    """Check that query, key, valid and starts fit together.
-
-    Args:
-        query: should be [B, Hq, L, d].
-        key: should be [B, Hk, L, d], Hq a multiple of Hk.
-        valid: should be bool [B, L] or None.
-        starts: should be bool [B, L] or None.
-
-    Raises:
-        SettingError: naming the shapes and what is allowed.
-    """
-    shapes = f"query {list(query.shape)}, key {list(key.shape)}"
-    if query.dim() != 4 or key.dim() != 4:
-        raise SettingError(f"query and key must have four axes, [batch, heads, tokens, head_dim]; got {shapes}.")
-    if not (query.is_floating_point() and key.is_floating_point()):
-        raise SettingError(f"query and key must be floating point; got {query.dtype} and {key.dtype}.")
-    if query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
-        raise SettingError(f"query and key must agree in batch, tokens and head_dim; got {shapes}.")
-    if 0 in query.shape or 0 in key.shape:
-        raise SettingError(f"query and key must not be empty; got {shapes}.")
-    if query.shape[1] % key.shape[1]:
-        raise SettingError(
-            f"The number of query heads must be a multiple of the number of key heads; got {query.shape[1]} query "
-            f"heads and {key.shape[1]} key heads ({shapes})."
-        )
-    for name, mask in (("valid", valid), ("starts", starts)):
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != (query.shape[0], query.shape[2])):
-            raise SettingError(
-                f"{name} must be bool of shape [batch, tokens] = {[query.shape[0], query.shape[2]]}; "
-                f"got {mask.dtype} {list(mask.shape)}."
-            )
 
 
 def _working_dtype(device: torch.device) -> torch.dtype:
@@ -68,13 +35,14 @@ _ELEMENTS_IN_CACHE = 1 << 17
 
 
 def smooth_statistics(
-    query: Tensor, key: Tensor, *, scale: float, valid: Tensor | None = None
+    query: Tensor, key: Tensor, *, value: Tensor | None = None, scale: float, valid: Tensor | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Every statistic that needs no eigenvalues, and the core whose eigenvalues give the others.
 
     Args:
         query: [B, Hq, L, d], any float dtype; shapes already checked.
         key: [B, Hk, L, d], any float dtype.
+        value: [B, Hk, L, dv], any float dtype; None leaves its statistics out.
         scale: the factor s of the attention product.
         valid: bool [B, L]; tokens that are False are left out.
 
@@ -84,20 +52,20 @@ def smooth_statistics(
     """
     at_once = max(1, _ELEMENTS_IN_CACHE // query[0].numel()) if query.device.type == "cpu" else query.shape[0]
     if at_once >= query.shape[0]:
-        return _smooth_statistics(query, key, scale=scale, valid=valid)
-    valids = [None] * query.shape[0] if valid is None else torch.split(valid, at_once)
+        return _smooth_statistics(query, key, value, scale=scale, valid=valid)
+    pieces = [
+        [None] * query.shape[0] if each is None else torch.split(each, at_once) for each in (query, key, value, valid)
+    ]
     parts = [
-        _smooth_statistics(some_query, some_key, scale=scale, valid=some_valid)
-        for some_query, some_key, some_valid in zip(
-            torch.split(query, at_once), torch.split(key, at_once), valids, strict=False
-        )
+        _smooth_statistics(some_query, some_key, some_value, scale=scale, valid=some_valid)
+        for some_query, some_key, some_value, some_valid in zip(*pieces, strict=False)
     ]
     smooth = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
     return smooth, torch.cat([part[1] for part in parts])
 
 
 def _smooth_statistics(
-    query: Tensor, key: Tensor, *, scale: float, valid: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor | None, *, scale: float, valid: Tensor | None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """`smooth_statistics` of some windows."""
     dtype = _working_dtype(query.device)
@@ -120,6 +88,10 @@ def _smooth_statistics(
         "key_incoherence": torch.where(raw_energy_BG > 0, count_B1 * square_BGL.amax(dim=-1) / raw_energy_BG, nan),
         "key_norm": square_BGL.sqrt().sum(dim=-1) / count_B1,
     }
+    if value is not None:
+        length_BGL = torch.linalg.vector_norm(value.detach().to(dtype), dim=-1)
+        length_BGL = length_BGL if valid is None else torch.where(valid[:, None], length_BGL, zero)
+        result["value_norm"] = length_BGL.sum(dim=-1) / count_B1
 
     # Centre before squaring: K^T K - L kbar kbar^T loses the digits that a large mean key takes.
     centred_BGLD = key_BGLD - key_BGLD.sum(dim=-2, keepdim=True) / count_B1[:, :, None, None]
@@ -217,7 +189,13 @@ def spectral_statistics(core: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def head_statistics(
-    query: Tensor, key: Tensor, *, scale: float | None = None, valid: Tensor | None = None, eigen: bool = True
+    query: Tensor,
+    key: Tensor,
+    *,
+    value: Tensor | None = None,
+    scale: float | None = None,
+    valid: Tensor | None = None,
+    eigen: bool = True,
 ) -> dict[str, Tensor]:
     """Statistics of every head, one window per batch entry.
 
@@ -228,6 +206,7 @@ def head_statistics(
     Args:
         query: [B, Hq, L, d], any float dtype, any device.
         key: [B, Hk, L, d], Hq a multiple of Hk.
+        value: [B, Hk, L, dv], for `value_norm`; None leaves it out.
         scale: the factor s of the attention product; None means d ** -0.5.
         valid: bool [B, L]; tokens that are False are left out of their window.
         eigen: also return `energy_rank` and `energy_stable_rank`, which need eigenvalues.
@@ -244,9 +223,9 @@ def head_statistics(
         >>> {name: tuple(value.shape) for name, value in head_statistics(q, k, eigen=False).items()}["key_norm"]
         (2, 2)
     """
-    check_shapes(query, key, valid)
+    check_shapes(query, key, valid, value=value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    result, core = smooth_statistics(query, key, scale=scale, valid=valid)
+    result, core = smooth_statistics(query, key, value=value, scale=scale, valid=valid)
     return result | spectral_statistics(core) if eigen else result
 
 

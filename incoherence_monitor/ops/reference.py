@@ -99,6 +99,19 @@ def key_head_statistics(key: Tensor) -> dict[str, float]:
     }
 
 
+def value_head_statistics(value: Tensor) -> dict[str, float]:
+    """The statistic of one key head's values over one window of valid tokens.
+
+    Args:
+        value: [L, dv].
+
+    Returns:
+        `value_norm`; NaN without tokens.
+    """
+    norms = (value.double() ** 2).sum(dim=1).sqrt()
+    return {"value_norm": float(norms.mean())}
+
+
 def query_head_statistics(
     query: Tensor, key: Tensor, *, scale: float, method: Literal["svd", "qr"] = "svd"
 ) -> dict[str, float]:
@@ -160,6 +173,7 @@ def head_statistics(
     query: Tensor,
     key: Tensor,
     *,
+    value: Tensor | None = None,
     scale: float | None = None,
     valid: Tensor | None = None,
     method: Literal["svd", "qr"] = "svd",
@@ -169,6 +183,7 @@ def head_statistics(
     Args:
         query: [B, Hq, L, d], any float dtype.
         key: [B, Hk, L, d], Hq a multiple of Hk.
+        value: [B, Hk, L, dv]; None leaves its statistics out.
         scale: the factor s; None means d ** -0.5.
         valid: bool [B, L]; tokens that are False are left out.
         method: how to take the singular values, see `energy_singular_values`.
@@ -183,7 +198,10 @@ def head_statistics(
     rows: dict[str, list[list[float]]] = {}
     for b in range(batch):
         keep = slice(None) if valid is None else valid[b]
-        per_key = [key_head_statistics(key[b, h][keep]) for h in range(key_heads)]
+        per_key = [
+            key_head_statistics(key[b, h][keep]) | ({} if value is None else value_head_statistics(value[b, h][keep]))
+            for h in range(key_heads)
+        ]
         per_query = [
             query_head_statistics(query[b, h][keep], key[b, h // group][keep], scale=scale, method=method)
             for h in range(query_heads)

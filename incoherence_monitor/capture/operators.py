@@ -1,0 +1,114 @@
+"""The opaque operators by which queries, keys and values leave compiled code.
+
+A compiled graph cannot hold the one who waits for a call, so that one is numbered: a small host tensor, the slot,
+holds [its number, calls so far], and the operator looks it up when it runs.
+
+Layer 3: imports capture.base and masks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import AttentionInput
+from .masks import TELLING, TokensCache, worth_knowing
+
+CACHE = TokensCache()
+_BY_NUMBER: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+def numbered_slot(holder: Any) -> Tensor:
+    """A slot; from compiled code `holder.hand_on(call)` or `holder.receive(name, call)` is then called."""
+    number = next(_NUMBERS)
+    _BY_NUMBER[number] = holder
+    return torch.tensor([number, 0], device="cpu")
+
+
+def _holder(slot: Tensor) -> Any:
+    slot[1] += 1
+    return _BY_NUMBER.get(int(slot[0]))
+
+
+class Call:
+    """One attention call: what `AttentionInput` says of it before it is counted."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None,
+        scale: float,
+        valid: Tensor | None,
+        starts: Tensor | None,
+        way: str = "",
+    ) -> None:
+        """Hold detached tensors, which share the model's memory; no values where they are not those of the keys."""
+        self.query, self.key, self.scale = query.detach(), key.detach(), scale
+        belongs = value is not None and value.dim() == 4 and value.shape[:3] == key.shape[:3]
+        self.value = value.detach() if belongs and value is not None else None
+        self.valid, self.starts, self.way = valid, worth_knowing(valid, starts), way
+
+    def counted(self, layer: str, micro: int, repeats: int = 1) -> AttentionInput:
+        """What is handed on of it, with one key head of each `repeats` equal ones."""
+        key, value = self.key, self.value
+        if repeats > 1:
+            key, value = key[:, ::repeats], None if value is None else value[:, ::repeats]
+        return AttentionInput(layer, self.query, key, self.scale, self.valid, micro, starts=self.starts, value=value)
+
+
+@torch.library.custom_op("incoherence_monitor::tap", mutates_args=("slot",))
+def _tap(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    mask: Tensor | None,
+    ends: Tensor | None,
+    positions: Tensor | None,
+    valid: Tensor | None,
+    starts: Tensor | None,
+    slot: Tensor,
+    scale: float,
+    selects: bool,
+) -> None:
+    """Hand on what a compiled attention layer received to the place that the slot names."""
+    place = _holder(slot)
+    if place is None:
+        return
+    try:
+        if valid is None and starts is None:
+            given = dict(zip(TELLING, (ends, positions), strict=True)) | ({"indices": None} if selects else {})
+            valid, starts = CACHE(mask, given, batch=len(query), length=query.shape[2], device=query.device)
+        call = Call(query, key, value, scale, valid, starts)
+    except Exception as error:  # Whatever goes wrong, training goes on.
+        place.failed(error)
+        return
+    place.hand_on(call)
+
+
+@torch.library.custom_op("incoherence_monitor::observed", mutates_args=("slot",))
+def _observed(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    valid: Tensor | None,
+    starts: Tensor | None,
+    slot: Tensor,
+    scale: float,
+) -> None:
+    """As `tap`, for `IncoherenceMonitor.observe` inside a compiled model."""
+    holder = _holder(slot)
+    if holder is not None:
+        holder.receive(name, Call(query, key, value, scale, valid, starts))
+
+
+@_tap.register_fake
+@_observed.register_fake
+def _nothing(*args: Any) -> None:
+    """Neither gives anything back."""

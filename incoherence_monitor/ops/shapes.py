@@ -1,0 +1,60 @@
+"""Whether queries, keys, values and masks fit together.
+
+Layer 1: imports torch and errors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import SettingError
+
+
+def check_shapes(
+    query: Tensor,
+    key: Tensor,
+    valid: Tensor | None = None,
+    starts: Tensor | None = None,
+    *,
+    value: Tensor | None = None,
+) -> None:
+    """Check that query, key, value, valid and starts fit together.
+
+    Args:
+        query: should be [B, Hq, L, d].
+        key: should be [B, Hk, L, d], Hq a multiple of Hk.
+        valid: should be bool [B, L] or None.
+        starts: should be bool [B, L] or None.
+        value: should be [B, Hk, L, dv] or None.
+
+    Raises:
+        SettingError: naming the shapes and what is allowed.
+    """
+    shapes = f"query {list(query.shape)}, key {list(key.shape)}"
+    if query.dim() != 4 or key.dim() != 4:
+        raise SettingError(f"query and key must have four axes, [batch, heads, tokens, head_dim]; got {shapes}.")
+    if not (query.is_floating_point() and key.is_floating_point()):
+        raise SettingError(f"query and key must be floating point; got {query.dtype} and {key.dtype}.")
+    if query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
+        raise SettingError(f"query and key must agree in batch, tokens and head_dim; got {shapes}.")
+    if 0 in query.shape or 0 in key.shape:
+        raise SettingError(f"query and key must not be empty; got {shapes}.")
+    if query.shape[1] % key.shape[1]:
+        raise SettingError(
+            f"The number of query heads must be a multiple of the number of key heads; got {query.shape[1]} query "
+            f"heads and {key.shape[1]} key heads ({shapes})."
+        )
+    if value is not None and (
+        value.dim() != 4 or value.shape[:3] != key.shape[:3] or not value.is_floating_point() or not value.numel()
+    ):
+        raise SettingError(
+            f"value must be floating point and agree with key in batch, heads and tokens, [batch, key heads, tokens, "
+            f"any width]; got {value.dtype} {list(value.shape)} beside key {list(key.shape)}."
+        )
+    for name, mask in (("valid", valid), ("starts", starts)):
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (query.shape[0], query.shape[2])):
+            raise SettingError(
+                f"{name} must be bool of shape [batch, tokens] = {[query.shape[0], query.shape[2]]}; "
+                f"got {mask.dtype} {list(mask.shape)}."
+            )
