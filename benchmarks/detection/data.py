@@ -1,4 +1,4 @@
-"""Real text that every Python brings: English documentation, and source code as another kind of text. A byte a token."""
+"""Real text that every Python brings: English documentation, and source code as another kind. A byte a token."""
 
 from __future__ import annotations
 

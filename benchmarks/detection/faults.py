@@ -1,8 +1,9 @@
 """The table of faults, written down before any result was looked at: what, how severe, where, and what counts as right.
 
-A fault begins at step 300 of a healthy run's snapshot and is followed for 200 steps (40 samples; a layer's 160, that of
-all heads 120, a kernel's 60); the healthy run goes on with the same data and is its twin. Severities are per STEP unless said otherwise; the second of a kind is the
-*subtle* one, which a person looking at curves would shrug at.
+A fault begins at step 300 of a healthy run's snapshot (60 samples in; the learning rate grows from step 200) and is
+followed for 200 steps, 40 samples; a layer's 160 steps, that of all heads 120, a kernel's 60, a growing learning rate
+300. The healthy run goes on with the same data and is its twin. Severities are per STEP unless said otherwise; those
+called *subtle* are what a person looking at curves would shrug at.
 
 **The right head.** Key- and value-side faults of key head h: key head h, or a query head of its group. Query- and
 output-side faults of query head h: query head h, or its key head. Faults of a layer: any head of that layer, or the

@@ -18,6 +18,8 @@ from .training import FORK_STEP, STEPS
 Split = Literal["tune", "held-out"]
 Role = Literal["base", "healthy", "fault", "event"]
 BASE_STEPS = 400
+FORKED = ("fault", "event")
+"""Roles that begin from a snapshot of a healthy run."""
 HEALTHY: dict[Split, dict[str, int]] = {
     "tune": {"learned": 7, "gqa": 4, "qknorm": 5, "sliding": 3, "large": 2, "lora": 3},
     "held-out": {"learned": 10, "gqa": 6, "qknorm": 8, "sliding": 5, "large": 3, "lora": 4},

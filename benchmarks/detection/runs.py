@@ -22,7 +22,7 @@ from incoherence_monitor.stats import DEFAULT_ALERTING, STATISTIC_NAMES
 from . import events, faults
 from .data import LENGTH
 from .models import KINDS
-from .plan import RunSpec
+from .plan import FORKED, RunSpec
 from .signals import Recorder
 from .training import SAMPLE_EVERY, Injector, Training
 
@@ -58,7 +58,7 @@ def injector_of(spec: RunSpec, training: Training) -> Injector:
 
 def start(spec: RunSpec, folder: Path) -> Training:
     """The training that a run begins with."""
-    if spec.role in ("fault", "event"):
+    if spec.role in FORKED:
         return Training.restore(folder / spec.parent / f"snapshot-{spec.start}.pt")
     base = folder / spec.parent / BASE_FILE if spec.parent else None
     return Training(KINDS[spec.model], spec.seed, spec.rate, base=base)

@@ -84,7 +84,7 @@ def _poisson_at_most(count: int, mean: float) -> float:
 def _solve(count: int, probability: float) -> float:
     """The mean at which a Poisson variable is at most `count` with this probability."""
     low, high = 0.0, count + 10 * math.sqrt(count + 1) + 20
-    for _ in range(200):
+    for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if _poisson_at_most(count, middle) > probability else (low, middle)
     return (low + high) / 2
@@ -120,7 +120,7 @@ def alarms(score: ArrayLike, threshold: float, *, quiet: int = QUIET) -> list[in
 
 
 def detect(score: ArrayLike, places: Sequence[Place | None], threshold: float, truth: Truth) -> Detection:
-    """Look for the first alarm at or after the onset.
+    """Look for the first alarm at or after the onset. A stretch that began before it does not count.
 
     Args:
         score: [n].
@@ -129,7 +129,11 @@ def detect(score: ArrayLike, places: Sequence[Place | None], threshold: float, t
         truth: what is broken.
     """
     values = np.nan_to_num(np.asarray(score, dtype=np.float64), nan=-np.inf, posinf=np.inf)
-    above = np.flatnonzero(values[truth.onset :] > threshold)
+    beyond = values > threshold
+    if truth.onset > 0 and beyond[truth.onset - 1]:
+        calm = np.flatnonzero(~beyond[truth.onset :])
+        beyond[truth.onset : truth.onset + (int(calm[0]) if len(calm) else len(values))] = False
+    above = np.flatnonzero(beyond[truth.onset :])
     if not len(above):
         return Detection(None, None)
     return Detection(int(above[0]), is_right(places[truth.onset + int(above[0])], truth))
