@@ -8,6 +8,7 @@ statistics, the others on theirs; loss and gradient norm as a model of one head,
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -222,12 +223,8 @@ def signals(layout: Layout) -> dict[str, Signal]:
     found["update_entropy"] = Signal("update entropy of W_Q^T W_K", update_entropy)
     found["loss"] = Signal("loss", loss, per_head=False)
     found["gradient_norm"] = Signal("gradient norm", gradient_norm, per_head=False)
-    try:
-        import trainscope as peer  # noqa: F401
-
+    if importlib.util.find_spec("trainscope") is not None:
         found["trainscope"] = Signal("trainscope, its defaults", trainscope, fixed=True, per_head=False)
-    except ImportError:
-        pass
     return found
 
 

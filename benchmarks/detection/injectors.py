@@ -122,7 +122,8 @@ def direction_of(head: Head) -> Tensor:
     """A fixed direction of a head, [d], of length 1."""
     generator = torch.Generator().manual_seed(1000 * head[0] + head[1])
     vector = torch.randn(HEAD_DIM, generator=generator)
-    return vector / vector.norm()
+    unit: Tensor = vector / vector.norm()
+    return unit
 
 
 def growing_bias(share: float) -> Callable[[Tensor, int, Head], Tensor]:

@@ -43,7 +43,7 @@ def _forward(
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     assert attention_mask is not None
     bias = getattr(module, "bench_bias", 0.0)
-    output = _Attention.apply(query, key, value, attention_mask, scale, bias)
+    output: Tensor = _Attention.apply(query, key, value, attention_mask, scale, bias)  # type: ignore[no-untyped-call]
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -43,7 +43,7 @@ class ModelKind:
     layers: int
     learning_rates: tuple[float, float, float]
     step_seconds: float
-    make: Callable[[ModelKind], nn.Module]
+    make: Callable[[ModelKind], Any]
 
     @property
     def rotary(self) -> bool:
@@ -70,14 +70,21 @@ class ModelKind:
 
 
 def _common(kind: ModelKind) -> dict[str, Any]:
-    return dict(
-        vocab_size=256, hidden_size=WIDTH, num_hidden_layers=kind.layers, num_attention_heads=kind.query_heads,
-        num_key_value_heads=kind.key_heads, head_dim=HEAD_DIM, intermediate_size=MLP,
-        max_position_embeddings=POSITIONS, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+    return {
+        "vocab_size": 256,
+        "hidden_size": WIDTH,
+        "num_hidden_layers": kind.layers,
+        "num_attention_heads": kind.query_heads,
+        "num_key_value_heads": kind.key_heads,
+        "head_dim": HEAD_DIM,
+        "intermediate_size": MLP,
+        "max_position_embeddings": POSITIONS,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
 
 
-def _gpt2(kind: ModelKind) -> nn.Module:
+def _gpt2(kind: ModelKind) -> Any:
     config = transformers.GPT2Config(
         vocab_size=256, n_embd=WIDTH, n_layer=kind.layers, n_head=kind.query_heads, n_inner=MLP, n_positions=POSITIONS,
         activation_function="gelu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
@@ -85,15 +92,15 @@ def _gpt2(kind: ModelKind) -> nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
-def _llama(kind: ModelKind) -> nn.Module:
+def _llama(kind: ModelKind) -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_common(kind)))
 
 
-def _qwen3(kind: ModelKind) -> nn.Module:
+def _qwen3(kind: ModelKind) -> Any:
     return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_common(kind)))
 
 
-def _qwen2(kind: ModelKind) -> nn.Module:
+def _qwen2(kind: ModelKind) -> Any:
     given = _common(kind)
     del given["head_dim"]
     types = ["sliding_attention", "sliding_attention", "full_attention"] * (kind.layers // 3)
@@ -122,7 +129,8 @@ def build(kind: ModelKind, seed: int) -> nn.Module:
         seed: of the weights; sets torch's global generator.
     """
     torch.manual_seed(seed)
-    return kind.make(kind).train()
+    model: nn.Module = kind.make(kind).train()
+    return model
 
 
 def with_lora(model: nn.Module, *, dropout: float = 0.1) -> nn.Module:

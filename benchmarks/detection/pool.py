@@ -44,9 +44,8 @@ def run(folder: Path, *, workers: int, only: str = "") -> int:
     print(f"{len(plan) - len(todo)} of {len(plan)} runs are done", flush=True)
     begun, spent, failed, done = time.perf_counter(), 0.0, 0, 0
     running: dict[Future[float], RunSpec] = {}
-    # One task a process would pay for the imports each time; a fresh process now and then keeps memory bounded.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=40) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
         while todo or running:
             while len(running) < workers:
                 ready = next((spec for spec in todo if not spec.parent or is_done(folder, spec.parent)), None)

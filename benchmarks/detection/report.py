@@ -21,6 +21,7 @@ from .faults import FAULTS
 from .models import KINDS
 from .plan import make_plan
 from .recorded import done_runs, load, specification
+from .training import SAMPLE_EVERY
 
 COMMANDS = (
     "python -m benchmarks.detection run --folder F --workers 2",
@@ -57,7 +58,7 @@ def write_report(folder: Path, out: Path, *, workers: int = 2) -> dict[str, Any]
         "statistics": list(layout.slices),
         "models": dict(Counter(spec.model for spec in specs)),
     }
-    results = plain(results)
+    results = dict(plain(results))
     out.mkdir(parents=True, exist_ok=True)
     (out / "detection.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "detection.md").write_text(render(results))
@@ -65,14 +66,18 @@ def write_report(folder: Path, out: Path, *, workers: int = 2) -> dict[str, Any]
     return results
 
 
+NONE = "-"
+"""Stands where there is no figure."""
+
+
 def _percent(rate: dict[str, Any]) -> str:
     if rate["value"] is None:
-        return "–"
+        return NONE
     return f"{100 * rate['value']:.0f}% ({100 * rate['low']:.0f} to {100 * rate['high']:.0f})"
 
 
 def _number(value: float | None, digits: int = 0) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    return NONE if value is None else f"{value:.{digits}f}"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -119,8 +124,8 @@ def _setting(results: dict[str, Any]) -> list[str]:
         f"Kinds of fault seen in tuning, on tune seeds: {', '.join(kinds['tune'])}. Never looked at: "
         f"{', '.join(kinds['held-out'])}. All figures below are of held-out seeds, on live batches.",
         "",
-        "Every fault is forked from a healthy run, its twin, which trains on with the same data. All adaptive signals go "
-        "through the same detector, so that what is compared is what they measure. Thresholds are set on the healthy "
+        "Every fault is forked from a healthy run, its twin, which trains on with the same data. All adaptive signals "
+        "go through the same detector, so that what is compared is what they measure. Thresholds are set on the healthy "
         f"tune runs to {results['matched_per_thousand']:g} false alarm per 1000 samples of the whole model; "
         f'"{DEFAULT}" is the package as it comes. Delays are in samples. Intervals are of 95%: Wilson\'s for rates, '
         'exact Poisson for counts. "Twin" is how many of the healthy twins alarmed in the same samples: '
@@ -136,8 +141,9 @@ def _summaries(results: dict[str, Any], points: list[str]) -> list[str]:
         for title in points:
             row = group[title]
             delays, leads = row["delays"], row["leads"]
+            right = _percent(row["right"]) if _names_heads(results, title) else NONE
             rows.append(
-                [title, f"{row['count']} of {row['runs']}", _percent(row["found"]), _percent(row["right"]),
+                [title, f"{row['count']} of {row['runs']}", _percent(row["found"]), right,
                  f"{_number(delays[1])} ({_number(delays[0])} to {_number(delays[2])})",
                  f"{row['ahead']} of {row['diverged']}", _number(leads[1]), str(row["chance"])]
             )  # fmt: skip

@@ -126,7 +126,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         injector.after_update(self.step)
-        value = loss.item()
+        value = float(loss.item())
         if recorder is not None:
             recorder.record(self.step, value, norm, rate)
             if self.step % SAMPLE_EVERY == 0:
