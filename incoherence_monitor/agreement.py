@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .records import IntArray, LayerInfo, Layout
-from .stats import statistic
+from .stats import STATISTIC_NAMES, statistic
 from .sums import SampleSums, layer_parts
 from .windows import Place
 
@@ -128,7 +128,7 @@ def onto(sums: SampleSums, layout: Layout, *, coordinate: int, size: int) -> Sam
     for name, part, at in layer_parts(layout):
         layer = layout.layers[at].name
         heads = first.get(layer)
-        if heads is not None:
+        if heads is not None and (layer, name) in mine:
             start, source = part.start + heads[statistic(name).kind], mine[layer, name]
             target = slice(start, start + source.stop - source.start)
             total[target], count[target] = sums.total[source], sums.count[source]
@@ -217,11 +217,14 @@ def join(
             refused.setdefault(name, layer_or_why)
         elif name not in refused:
             shared.append(layer_or_why)
+    # Ranks with other settings would enter the collective with messages of another length.
+    names = [name for name in STATISTIC_NAMES if all(name in layout.statistics for _, _, layout in layouts)]
+    statistics = tuple(names)
     agreed = all(len(found) == 1 for found in indices.values())
     if agreed and len({min(found) for found in indices.values()}) == len(indices):
-        return Layout(tuple(sorted(shared, key=lambda layer: layer.index))), refused
+        return Layout(tuple(sorted(shared, key=lambda layer: layer.index)), statistics), refused
     shared.sort(key=lambda layer: natural_order(layer.name))
-    return Layout(tuple(replace(layer, index=at) for at, layer in enumerate(shared))), refused
+    return Layout(tuple(replace(layer, index=at) for at, layer in enumerate(shared)), statistics), refused
 
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:

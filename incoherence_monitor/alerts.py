@@ -17,7 +17,7 @@ import numpy as np
 from . import messages
 from .findings import MODEL, Finding, Place, group
 from .records import Alert, BoolArray, Layout, Verdict
-from .stats import STATISTICS, HeadKind
+from .stats import HeadKind
 
 CALM_SAMPLES = 4
 """Calm samples in a row that close an episode."""
@@ -129,7 +129,7 @@ class AlertBook:
     def _places(self, streams: BoolArray) -> set[Place]:
         """The heads that marked streams belong to, and their layers."""
         places: set[Place] = set()
-        for row, part in zip(STATISTICS, self.layout.slices.values(), strict=True):
+        for row, part in zip(self.layout.rows, self.layout.slices.values(), strict=True):
             for at in part.start + np.flatnonzero(streams[part]):
                 layer, head = int(self.layout.stream_layer[at]), int(self.layout.stream_head[at])
                 places |= {(row.kind, layer, head), ("layer", layer, -1)}

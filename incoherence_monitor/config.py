@@ -1,16 +1,17 @@
 """`MonitorConfig`: every setting of the monitor, validated when constructed.
 
-Layer 2: imports errors and the table of statistics.
+Layer 2: imports errors, probe and the table of statistics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import SettingError
-from .stats import DEFAULT_ALERTING, check_names
+from .probe import Probe, check_probe, digest
+from .stats import DEFAULT_ALERTING, check_names, recorded
 
 WINDOW_LADDER = (256, 128, 64, 32)
 """Window lengths tried when sequences are too short for the default one."""
@@ -25,13 +26,17 @@ class MonitorConfig:
             run, where most sequences of the first batch are shorter; any other value is used as it is.
         windows_per_sample: windows in one sample over all micro-batches and ranks together, at least 1. Half lie at
             the start of sequences, half at drawn offsets.
-        statistics: names of the statistics that raise alerts; all are recorded whatever is named here.
+        statistics: names of the statistics that raise alerts. All are recorded whatever is named here, but for
+            `logit_max` and `attention_entropy`, which take all pairs of a window's tokens: only if named.
         baseline_samples: samples a baseline holds, at least 28 (24 to be armed, and the 4 newest left out).
         false_alarm_every: mean number of samples between false warnings of the whole model, at least 1; the one knob
             of sensitivity. Smaller is more sensitive.
         include: globs of layer names to watch.
         exclude: globs of layer names to leave out; wins over `include`.
         seed: seed of the monitor's own generator, which draws window offsets.
+        probe: a fixed batch to measure on instead of the live one: the arguments of the model's forward by name, or a
+            function that is given the model and runs its forward. Costs that forward in every sample. Recorded by a
+            digest of its content alone; no part of a comparison.
 
     Raises:
         SettingError: naming the field, its value and what is allowed.
@@ -45,6 +50,7 @@ class MonitorConfig:
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     seed: int = 0
+    probe: Probe | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Validate every field and bring sequences into tuples."""
@@ -60,17 +66,24 @@ class MonitorConfig:
                 raise SettingError(f"{name} must be a whole number of at least {least}; got {value!r}.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise SettingError(f"seed must be a whole number of at least 0; got {self.seed!r}.")
+        check_probe(self.probe)
         every = self.false_alarm_every
         if isinstance(every, bool) or not isinstance(every, (int, float)) or not 1 <= every < float("inf"):
             raise SettingError(f"false_alarm_every must be a number of samples of at least 1; got {every!r}.")
 
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """Names of the statistics that are recorded."""
+        return recorded(self.statistics)
+
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values that JSON can hold."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """The settings as plain values that JSON can hold; of the probe its digest, or None."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)} | {"probe": digest(self.probe)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MonitorConfig:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`, without the probe that was used if there was one: its digest alone is known.
 
         Args:
             values: field names and values.
@@ -78,10 +91,12 @@ class MonitorConfig:
         Raises:
             SettingError: if a name is no setting or a value is out of range.
         """
-        known = {field.name for field in fields(cls)}
+        known = {each.name for each in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise SettingError(f"Unknown settings {unknown}; known are {sorted(known)}.")
+        if isinstance(values.get("probe"), str):
+            values = {**values, "probe": None}
         return cls(**values)
 
 

@@ -18,7 +18,6 @@ from .errors import HistoryError, MissingDependencyError
 from .judge import JudgedSample
 from .records import Alert, head_label, rearrange
 from .reporting import Reporter
-from .stats import STATISTICS
 from .trackers import CompositeTracker, Picture, as_tracker
 
 if TYPE_CHECKING:
@@ -50,18 +49,18 @@ def sample_metrics(
         and every statistic of the heads under alert.
     """
     metrics: dict[str, float] = {}
-    for row in STATISTICS:
-        values = judged.values[judged.layout.slices[row.name]]
+    layout = judged.layout
+    for row in layout.rows:
+        values = judged.values[layout.slices[row.name]]
         values = values[np.isfinite(values)]
         if len(values):
             metrics[f"{PREFIX}/{row.name}/median"] = float(np.median(values))
             metrics[f"{PREFIX}/{row.name}/max"] = float(values.max())
             metrics[f"{PREFIX}/{row.name}/min"] = float(values.min())
-    layout = judged.layout
     for kind, at, head in book.open_heads()[:HEADS_CHARTED]:
         layer = layout.layers[at]
         label = head_label(layer.index, kind, head)
-        for row in STATISTICS:
+        for row in layout.rows:
             if row.kind == kind:
                 offset = sum(earlier.heads(kind) for earlier in layout.layers[:at]) + head
                 value = float(judged.values[layout.slices[row.name].start + offset])

@@ -26,7 +26,6 @@ import torch
 from .baseline import ARMED_FROM, MAD_TO_SIGMA, Baseline
 from .config import MonitorConfig
 from .records import BoolArray, FloatArray, IntArray, Layout, Verdict
-from .stats import STATISTICS
 
 SAMPLES_IN_A_ROW = 2
 SMALL_COHORT = 8
@@ -125,15 +124,17 @@ class DriftDetector:
         self.config = config
         self.baseline = Baseline(layout.size, config.baseline_samples)
         self.runs = _Runs(layout.size)
-        self.model_runs = _Runs(len(STATISTICS))
+        self.model_runs = _Runs(len(layout.statistics))
         self.trust = _Trust(layout.size)
-        self.model_trust = _Trust(len(STATISTICS))
+        self.model_trust = _Trust(len(layout.statistics))
         self._arrange(layout)
 
     def _arrange(self, layout: Layout) -> None:
         self.layout = layout
         self.judged = np.zeros(layout.size, dtype=bool)
-        for name in self.config.statistics:
+        # Ranks with other settings record what all of them do.
+        alerting = [name for name in self.config.statistics if name in layout.slices]
+        for name in alerting:
             self.judged[layout.slices[name]] = True
         for layer_at, layer in enumerate(layout.layers):
             if 0 < layer.window <= layer.head_dim + 1:
@@ -144,7 +145,7 @@ class DriftDetector:
         names = np.array([f"{layer.cohort}/{layer.head_dim}" for layer in layout.layers], dtype=object)
         cohort = names[layout.stream_layer] if layout.layers else np.array([], dtype=object)
         self._cohorts: list[IntArray] = []
-        for name in self.config.statistics:
+        for name in alerting:
             part = layout.slices[name]
             inside = np.arange(part.start, part.stop)
             inside = inside[self.judged[inside]]
@@ -154,8 +155,8 @@ class DriftDetector:
         for members in self._cohorts:
             if len(members) < SMALL_COHORT:
                 self.threshold[members] *= SMALL_COHORT_FACTOR
-        model_tests = self.config.false_alarm_every * max(1, len(self.config.statistics))
-        self.model_threshold = np.full(len(STATISTICS), normal_threshold(model_tests))
+        model_tests = self.config.false_alarm_every * max(1, len(alerting))
+        self.model_threshold = np.full(len(layout.statistics), normal_threshold(model_tests))
 
     def judge(self, log_values: FloatArray, *, tick: int, step: int) -> Verdict:
         """Judge one sample and let its unflagged part into the baseline.
@@ -189,9 +190,9 @@ class DriftDetector:
         model_beyond, model_alarm = self.model_runs.update(model_deviation, self.model_threshold, step)
 
         flagged = beyond.copy()
-        for at, row in enumerate(STATISTICS):
+        for at, name in enumerate(self.layout.statistics):
             if model_beyond[at]:
-                flagged[self.layout.slices[row.name]] = True
+                flagged[self.layout.slices[name]] = True
         self.baseline.push(log_values, tick, self.judged & known & ~flagged)
         # Statistics that a layer has never had, as values out of reach, wait for nothing.
         heard = self.judged & (self.baseline.count > 0)
@@ -225,7 +226,7 @@ class DriftDetector:
 
     def _of_the_model(self, own: FloatArray) -> FloatArray:
         """Median over heads of each head's departure from its own baseline, by statistic; [M]."""
-        result = np.full(len(STATISTICS), np.nan)
+        result = np.full(len(self.layout.statistics), np.nan)
         for at, part in enumerate(self.layout.slices.values()):
             values = own[part][np.isfinite(own[part])]
             if len(values):

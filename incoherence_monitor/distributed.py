@@ -163,9 +163,11 @@ class SharedLayout:
 
     def _agree(self, layout: Layout) -> None:
         """Agree on window lengths and heads; nothing is settled while no rank has seen anything."""
-        texts, ranks = exchange({"layers": layout.to_list(), "split": self._split_here}, [])
+        texts, ranks = exchange(
+            {"layers": layout.to_list(), "statistics": layout.statistics, "split": self._split_here}, []
+        )
         self._stop([text["split"] for text in texts])
-        layouts = [Layout.from_list(text["layers"]) for text in texts]
+        layouts = [Layout.from_list(text["layers"], text["statistics"]) for text in texts]
         which, leaders = ranks[:, 0], self._ranks[:, 1]
         parts = dict.fromkeys(map(tuple, np.column_stack([which, self._ranks[:, 2:4]]).tolist()))
         seen = [(coordinate, size, layouts[at]) for at, coordinate, size in parts if layouts[at].layers]
@@ -271,7 +273,7 @@ def unpack(message: NDArray[np.float32], layout: Layout) -> tuple[SampleSums, li
     for kind, name in _FIRST_OF_KIND.items():
         heads = layout.slices[name].stop - layout.slices[name].start
         of_head[kind], slots = slots[:heads], slots[heads:]
-    non_finite = np.concatenate([of_head[row.kind] for row in STATISTICS])
+    non_finite = np.concatenate([of_head[row.kind] for row in layout.rows])
     splits = np.flatnonzero(slots[1:]).tolist()
     return SampleSums(layout, total, count, non_finite, int(slots[0])), splits
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .errors import MissingDependencyError
 from .records import FloatArray, Layout
-from .stats import STATISTICS, HeadKind, Statistic
+from .stats import HeadKind, Statistic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +55,7 @@ def heads_map(
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingDependencyError("matplotlib", extra="plots", needed_for="Drawing the heads map") from None
-    rows = math.ceil(len(STATISTICS) / _COLUMNS)
+    rows = math.ceil(len(layout.rows) / _COLUMNS)
     most_heads = max((max(layer.query_heads, layer.key_heads) for layer in layout.layers), default=1)
     width = float(np.clip(0.045 * most_heads + 2.6, 3.4, 6.0))
     height = float(np.clip(0.045 * len(layout.layers) + 2.0, 2.8, 6.0))
@@ -65,11 +65,11 @@ def heads_map(
     count = len(set(drifting))
     figure.suptitle(f"{title}: {count} drifting {'head' if count == 1 else 'heads'}", fontsize=14)
     axes = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
-    for axis, row in zip(axes, STATISTICS, strict=False):
+    for axis, row in zip(axes, layout.rows, strict=False):
         _panel(figure, axis, row, layout, values, drifting)
-    for axis in axes[len(STATISTICS) :]:
+    for axis in axes[len(layout.rows) :]:
         axis.set_axis_off()
-    spare = axes[len(STATISTICS) :]
+    spare = axes[len(layout.rows) :]
     if len(spare):
         _legend(spare[0], layout, drifting)
     return figure

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .records import AlertKind, BoolArray, FloatArray, Layout, Verdict
-from .stats import STATISTICS, HeadKind
+from .stats import HeadKind
 
 LAYER_SHARE, LAYER_LEAST = 0.75, 3
 """A layer is told as a whole when so many of its heads of one kind are found at once, and at least three."""
@@ -84,12 +84,12 @@ def find(
         Findings, worst first within each head.
     """
     rows = {name: np.arange(part.start, part.stop) for name, part in layout.slices.items()}
-    names = np.concatenate([np.full(len(rows[row.name]), at) for at, row in enumerate(STATISTICS)])
+    names = np.concatenate([np.full(len(rows[row.name]), at) for at, row in enumerate(layout.rows)])
     best: dict[Place, Finding] = {}
-    kinds = [row.kind for row in STATISTICS]
+    kinds = [row.kind for row in layout.rows]
 
     def add(at: int, rule: str, baseline: float, deviation: float, since: int) -> None:
-        row = STATISTICS[names[at]]
+        row = layout.rows[names[at]]
         place: Place = (kinds[names[at]], int(layout.stream_layer[at]), int(layout.stream_head[at]))
         found = Finding(place, rule, row.name, float(values[at]), baseline, deviation, since)
         known = best.get(place)
@@ -101,7 +101,7 @@ def find(
     for at in map(int, np.flatnonzero(values > runaway_bound)):
         add(at, "runaway", float(runaway_bound[at]), float(verdict.deviation[at]), step)
     for at in map(int, np.flatnonzero(non_finite)):
-        row = STATISTICS[names[at]]
+        row = layout.rows[names[at]]
         if row.name == _NON_FINITE_SHOWN_AS[row.kind]:
             add(at, "non_finite", float("nan"), float("inf"), step)
 
@@ -109,13 +109,13 @@ def find(
     moved = np.flatnonzero(verdict.model_alarm)
     if len(moved):
         at = int(moved[np.argmax(np.abs(verdict.model_deviation[moved]))])
-        part = layout.slices[STATISTICS[at].name]
+        part = layout.slices[layout.rows[at].name]
         known = np.isfinite(values[part]) & np.isfinite(verdict.expected[part])
         result.append(
             Finding(
                 MODEL,
                 "drift",
-                STATISTICS[at].name,
+                layout.rows[at].name,
                 float(np.median(values[part][known])) if known.any() else float("nan"),
                 float(np.median(verdict.expected[part][known])) if known.any() else float("nan"),
                 float(verdict.model_deviation[at]),

@@ -72,7 +72,11 @@ class History:
         if not segments:
             raise HistoryError(f"The history in {folder} holds no sample yet.")
         layers = {layer.name: layer for segment in segments for layer in segment[0].layers}
-        layout = Layout(tuple(sorted(layers.values(), key=lambda layer: layer.index)))
+        names = {name for segment in segments for name in segment[0].statistics}
+        layout = Layout(
+            tuple(sorted(layers.values(), key=lambda layer: layer.index)),
+            tuple(name for name in STATISTIC_NAMES if name in names),
+        )
         rows: dict[int, tuple[NDArray[np.float32], list[Alert]]] = {}
         for segment_layout, _, samples in segments:
             positions = layout.positions_in(segment_layout)
@@ -88,7 +92,7 @@ class History:
     @property
     def statistics(self) -> tuple[str, ...]:
         """Names of the statistics recorded."""
-        return STATISTIC_NAMES
+        return self.layout.statistics
 
     def heads(self, name: str) -> list[tuple[str, int]]:
         """The (layer name, head) of every column of `values(name)`.
@@ -97,9 +101,9 @@ class History:
             name: a statistic.
 
         Raises:
-            SettingError: if there is no such statistic.
+            SettingError: if there is no such statistic, or it was not recorded.
         """
-        return self.layout.heads(statistic(name).name)
+        return self.layout.heads(self._recorded(name))
 
     def values(self, name: str) -> NDArray[np.float32]:
         """A statistic over time, [n, heads] float32, in its unit; NaN where undefined.
@@ -108,9 +112,17 @@ class History:
             name: a statistic.
 
         Raises:
-            SettingError: if there is no such statistic.
+            SettingError: if there is no such statistic, or it was not recorded.
         """
-        return self._samples[:, self.layout.slices[statistic(name).name]]
+        return self._samples[:, self.layout.slices[self._recorded(name)]]
+
+    def _recorded(self, name: str) -> str:
+        if statistic(name).name not in self.statistics:
+            raise SettingError(
+                f"{name} was not recorded in this run; recorded were {', '.join(self.statistics)}. Name it in "
+                "MonitorConfig(statistics=...)."
+            )
+        return name
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per step, statistic and head: columns step, statistic, layer, head, value.
@@ -263,7 +275,7 @@ def _read(file: Path) -> _Segment | None:
                 f"{file} has history format {header.get('format')!r}; this version reads {FORMAT_VERSION}. "
                 "Update incoherence-monitor."
             )
-        layout = Layout.from_list(header["layers"])
+        layout = Layout.from_list(header["layers"], [name for name in STATISTIC_NAMES if name in reader.schema.names])
         samples = []
         while True:
             try:
@@ -271,13 +283,7 @@ def _read(file: Path) -> _Segment | None:
             except (StopIteration, pa.ArrowInvalid, EOFError, OSError):
                 # The end of the file, or of what has been written of it so far.
                 break
-            # A history of an older version lacks the statistics that have come since.
-            values = [
-                batch.column(name).flatten().to_numpy()
-                if name in batch.schema.names
-                else np.full(part.stop - part.start, np.nan, dtype=np.float32)
-                for name, part in layout.slices.items()
-            ]
+            values = [batch.column(name).flatten().to_numpy() for name in layout.statistics]
             alerts = [Alert.from_dict(alert) for alert in json.loads(batch.column("alerts")[0].as_py())]
             samples.append((batch.column("step")[0].as_py(), np.concatenate(values), alerts))
     return (layout, header["settings"], samples) if samples else None

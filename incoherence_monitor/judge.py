@@ -113,7 +113,7 @@ class Judge:
         return {
             "tick": self.tick,
             "layers": self.layout.to_list(),
-            "recorded": list(self.layout.slices),
+            "recorded": list(self.layout.statistics),
             "detector": self._detector.state_dict(),
             "book": self.book.state_dict(),
             "bound": torch.from_numpy(self._bound.copy()),
@@ -123,7 +123,7 @@ class Judge:
         """Restore what `state_dict` returned under the same baseline length."""
         self.layout, self.tick = None, state["tick"]
         if state["layers"] is not None:
-            self._fit(Layout.from_list(state["layers"]))
+            self._fit(Layout.from_list(state["layers"], state["recorded"]))
             self._detector.load_state_dict(state["detector"])
             self.book.load_state_dict(state["book"])
             self._bound = state["bound"].numpy().copy()

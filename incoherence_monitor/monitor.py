@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,9 +28,9 @@ from .pipeline import Pipeline
 from .records import Alert
 from .reporting import Reporter
 from .sampling import WindowSampler
-from .state import STATE_FORMAT, changed_settings, check_state, fingerprint
+from .state import STATE_FORMAT, baselines_hold, check_state, fingerprint
 from .trackers import Tracker
-from .watching import attach, coverage, describe_layer, holding, tell_unseen
+from .watching import attach, coverage, describe_layer, holding, run_probe, tell_unseen
 
 if TYPE_CHECKING:
     from .history import History
@@ -43,9 +42,9 @@ SAMPLES_IN_MEMORY = 1000
 class IncoherenceMonitor:
     """Watches the attention heads of one model while it trains.
 
-    Every `every` steps it takes the queries, keys and values each head used, computes the statistics of METRICS.md, compares
-    each head with its own baseline and with its cohort, and logs and alerts. It never raises into the training loop
-    after the first step, and leaves gradients, weights and random generators untouched.
+    Every `every` steps it takes the queries, keys and values each head used, computes the statistics of METRICS.md,
+    compares each head with its own baseline and with its cohort, and logs and alerts. It never raises into the
+    training loop after the first step, and leaves gradients, weights and random generators untouched.
 
     Example:
         >>> import torch
@@ -89,6 +88,8 @@ class IncoherenceMonitor:
         self.config = config if config is not None else MonitorConfig()
         if not isinstance(self.config, MonitorConfig):
             raise SettingError(f"config must be a MonitorConfig; got {config!r}.")
+        if self.config.probe is not None and model is None:
+            raise SettingError("MonitorConfig(probe=...) needs the model that is to run it; got model=None.")
         self.output_dir = None if output_dir is None else Path(output_dir)
         self._reporter = Reporter()
         rank, self._world_size = distributed.rank_and_world()
@@ -151,9 +152,13 @@ class IncoherenceMonitor:
             self._timed("judging a sample", self._pipeline.take_up)
             self._pipeline.prepare(self._tell)
             self._timed("beginning a sample", lambda: self._open(step))
-        elif self._capture is not None:
+            if self.config.probe is not None:
+                self._armed = True
+                self._timed("running the probe", lambda: run_probe(self._capture, self.config.probe))
+                self._exit()
+        elif self._capture is not None and self.config.probe is None:
             self._timed("arming", self._capture.resume)
-        self._armed = True
+        self._armed = self.config.probe is None
 
     def _exit(self) -> None:
         if self._armed:
@@ -178,6 +183,7 @@ class IncoherenceMonitor:
         scale: float | None = None,
         valid: Tensor | None = None,
         starts: Tensor | None = None,
+        causal: bool = True,
     ) -> None:
         """Show one attention call that cannot be reached otherwise, also in compiled code; nothing between samples.
 
@@ -189,6 +195,7 @@ class IncoherenceMonitor:
             scale: the factor s of the product; None means d ** -0.5.
             valid: bool [B, L]; None if every token is valid.
             starts: bool [B, L], True where a packed document begins; None if none begins inside a sequence.
+            causal: whether tokens attend to none after them; `logit_max` and `attention_entropy` ask.
 
         Raises:
             SettingError: if the shapes do not fit together; in the first sampled step, never later.
@@ -199,7 +206,8 @@ class IncoherenceMonitor:
         first = not torch.compiler.is_compiling() and self.samples == 0 and not self._pipeline.in_flight
         if first and not (self._world_size > 1 and query.shape[0] == 0):
             check_shapes(query, key, valid, starts, value=value)
-        self._observed.show(name, query, key, value=value, scale=scale, valid=valid, starts=starts)
+        given: dict[str, Any] = {"value": value, "scale": scale, "valid": valid, "starts": starts, "causal": causal}
+        self._observed.show(name, query, key, **given)
 
     def _receive(self, given: AttentionInput) -> None:
         describe = functools.partial(describe_layer, capture=self._capture, sampler=self._sampler)
@@ -298,15 +306,9 @@ class IncoherenceMonitor:
         """
         check_state(state, fingerprint(self._capture), alone=self._world_size == 1)
         self.flush()
-        if state["every"] != self.every:
-            self._reporter.notice(
-                "every changed", f"samples were {state['every']} steps apart before and are {self.every} apart now"
-            )
         self._last_step = state["last_step"]
-        changed = changed_settings(state, self.config)
-        if changed:
-            self._reporter.notice("settings changed", f"{', '.join(changed)} changed; the baseline starts anew")
-        self._pipeline.load_state_dict(state, baselines=not changed)
+        baselines = baselines_hold(state, self.config, self.every, self._reporter)
+        self._pipeline.load_state_dict(state, baselines=baselines)
 
     def close(self) -> None:
         """Judge what is in flight, write the last picture and summary, and let go of model, threads and files."""
@@ -323,8 +325,6 @@ class IncoherenceMonitor:
         """The monitor itself, closed at the end of the block."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Close."""
         self.close()

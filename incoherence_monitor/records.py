@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .stats import STATISTICS, HeadKind, Statistic, statistic
+from .stats import DEFAULT_RECORDED, HeadKind, Statistic, statistic
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -58,15 +58,26 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each stream stands in a sample: by statistic, then layer, then head."""
+    """Where each stream stands in a sample: by statistic, then layer, then head.
+
+    Attributes:
+        layers: the layers.
+        statistics: names of those that are recorded, in the table's order.
+    """
 
     layers: tuple[LayerInfo, ...]
+    statistics: tuple[str, ...] = DEFAULT_RECORDED
+
+    @cached_property
+    def rows(self) -> tuple[Statistic, ...]:
+        """The rows of the table that are recorded."""
+        return tuple(statistic(name) for name in self.statistics)
 
     @cached_property
     def slices(self) -> dict[str, slice]:
         """The part of a sample that each statistic takes."""
         result, start = {}, 0
-        for row in STATISTICS:
+        for row in self.rows:
             stop = start + sum(layer.heads(row.kind) for layer in self.layers)
             result[row.name] = slice(start, stop)
             start = stop
@@ -75,7 +86,7 @@ class Layout:
     @property
     def size(self) -> int:
         """Number of streams."""
-        return int(self.slices[STATISTICS[-1].name].stop)
+        return int(self.slices[self.statistics[-1]].stop)
 
     @cached_property
     def stream_layer(self) -> IntArray:
@@ -88,7 +99,7 @@ class Layout:
         return self._per_stream(lambda row, at: range(self.layers[at].heads(row.kind)))
 
     def _per_stream(self, values: Any) -> IntArray:
-        rows = [values(row, at) for row in STATISTICS for at in range(len(self.layers))]
+        rows = [values(row, at) for row in self.rows for at in range(len(self.layers))]
         return np.array([value for row in rows for value in row], dtype=np.int64)
 
     def heads(self, name: str) -> list[tuple[str, int]]:
@@ -98,7 +109,7 @@ class Layout:
 
     def stream(self, position: int) -> tuple[Statistic, LayerInfo, int]:
         """Statistic, layer and head of one stream."""
-        row = next(row for row in STATISTICS if self.slices[row.name].start <= position < self.slices[row.name].stop)
+        row = next(row for row in self.rows if self.slices[row.name].start <= position < self.slices[row.name].stop)
         return row, self.layers[self.stream_layer[position]], int(self.stream_head[position])
 
     def positions_in(self, other: Layout) -> IntArray:
@@ -114,9 +125,9 @@ class Layout:
         return [asdict(layer) for layer in self.layers]
 
     @classmethod
-    def from_list(cls, layers: Sequence[Mapping[str, Any]]) -> Layout:
-        """The inverse of `to_list`."""
-        return cls(tuple(LayerInfo(**layer) for layer in layers))
+    def from_list(cls, layers: Sequence[Mapping[str, Any]], statistics: Sequence[str] = DEFAULT_RECORDED) -> Layout:
+        """The inverse of `to_list`, for the statistics that are recorded."""
+        return cls(tuple(LayerInfo(**layer) for layer in layers), tuple(statistics))
 
 
 def rearrange(values: NDArray[Any], positions: IntArray, *, missing: Any) -> NDArray[Any]:

@@ -21,6 +21,7 @@ from .config import MonitorConfig, check_count
 from .ops import check_shapes, smooth_statistics
 from .records import LayerInfo, Layout
 from .shares import Shares
+from .stats import statistic
 from .sums import SampleSums, flatten, summarise
 from .windows import Place, WindowPlan, choose_window, extend_plan, lengths_of, select_windows
 
@@ -59,19 +60,22 @@ class WindowSampler:
         self.shares = Shares(config, Place(rank, world_size))
         self.whole: dict[str, LayerInfo] = {}
         self.micro_batches = check_count("micro_batches", micro_batches, of="forwards a step")
+        if config.probe is not None:
+            self.micro_batches = 1
         self.plans: dict[str, WindowPlan] = {}
         self.fixed: set[str] = set()
         self.layers: dict[str, LayerInfo] = {}
         self.skipped: Counter[str] = Counter()
         self._open: dict[str, LayerWindows] = {}
-        self._layout = Layout(())
+        self._layout = Layout((), config.recorded)
         self.barren: dict[str, int] = {}
         self._fruitful: set[str] = set()
         self._step = 0
+        self._also = tuple(name for name in config.recorded if statistic(name).on_request)
 
     def open(self, step: int) -> None:
-        """Begin a sample."""
-        self._step = step
+        """Begin a sample; of a probe, always by the same windows."""
+        self._step = step if self.config.probe is None else 0
         self._open = {}
 
     def receive(self, given: AttentionInput, info: Callable[[AttentionInput], LayerInfo]) -> None:
@@ -115,6 +119,8 @@ class WindowSampler:
                 chosen.take(given.key),
                 value=None if given.value is None else chosen.take(given.value),
                 scale=given.scale,
+                also=self._also,
+                causal=given.causal,
             )
             flat, names = flatten(chosen.keep, smooth, core)
             held.parts.append(flat)
@@ -171,7 +177,7 @@ class WindowSampler:
         layers = tuple(sorted(self.layers.values(), key=lambda layer: layer.index))
         # One object for all samples: it holds arrays, and histories keep it.
         if self._layout.layers != layers:
-            self._layout = Layout(layers)
+            self._layout = Layout(layers, self.config.recorded)
         return self._layout
 
     def adopt(self, layout: Layout) -> None:

@@ -1,6 +1,6 @@
 """What a checkpointed monitor state must match before it is taken up.
 
-Layer 4: imports capture, config, errors and stats.
+Layer 4: imports capture, config, errors and reporting.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 from .capture.model import ModelCapture
 from .config import MonitorConfig
 from .errors import StateError
-from .stats import STATISTIC_NAMES
+from .reporting import Reporter
 
 STATE_FORMAT = 1
-_BASELINES_DEPEND_ON = ("window", "windows_per_sample", "statistics", "baseline_samples", "include", "exclude")
+_BASELINES_DEPEND_ON = ("window", "windows_per_sample", "statistics", "baseline_samples", "include", "exclude", "probe")
 
 Fingerprint = dict[str, list[int | None]]
 
@@ -49,13 +49,25 @@ def check_state(state: Any, ours: Fingerprint, *, alone: bool = True) -> None:
         )
 
 
-def changed_settings(state: Mapping[str, Any], config: MonitorConfig) -> list[str]:
-    """Names of what differs and baselines depend on: settings, and the statistics that a version records."""
+def baselines_hold(state: Mapping[str, Any], config: MonitorConfig, every: int, reporter: Reporter) -> bool:
+    """Whether the baselines of a state hold under the settings of now; tells what differs.
+
+    Args:
+        state: a state of this model.
+        config: the settings.
+        every: training steps between samples.
+        reporter: where differences are told.
+    """
+    if state["every"] != every:
+        reporter.notice("every changed", f"samples were {state['every']} steps apart before and are {every} apart now")
     now = config.to_dict()
     changed = [name for name in _BASELINES_DEPEND_ON if state["config"].get(name) != now[name]]
-    if state["judge"]["layers"] is not None and state["judge"].get("recorded") != list(STATISTIC_NAMES):
+    # A version may record statistics that an earlier one did not.
+    if state["judge"]["layers"] is not None and state["judge"].get("recorded") != list(config.recorded):
         changed.append("the statistics recorded")
-    return changed
+    if changed:
+        reporter.notice("settings changed", f"{', '.join(changed)} changed; the baseline starts anew")
+    return not changed
 
 
 def _in_words(layers: Fingerprint) -> str:

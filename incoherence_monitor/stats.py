@@ -28,6 +28,7 @@ class Statistic:
         unit: unit of the value; ranks are "dimensions", quotients are "ratio".
         spectral: needs the eigenvalues of the energy field, which are taken off the training path.
         alerts: raises alerts by default (DETECTION.md, the core set and the query side).
+        on_request: recorded only where `MonitorConfig(statistics=...)` names it, as it takes all pairs of tokens.
         high: what an unusually high value usually means.
         low: what an unusually low value usually means.
     """
@@ -40,6 +41,7 @@ class Statistic:
     alerts: bool
     high: str
     low: str
+    on_request: bool = False
 
 
 STATISTICS: tuple[Statistic, ...] = (
@@ -80,7 +82,7 @@ STATISTICS: tuple[Statistic, ...] = (
         "norm of a value",
         spectral=False,
         alerts=True,
-        high="the value projection is growing: learning rate, weight decay, or an output projection that shrinks",
+        high="the value projection is growing: learning rate or weight decay",
         low="the value projection is shrinking or dying: what the head attends to no longer reaches the output",
     ),
     Statistic(
@@ -153,9 +155,32 @@ STATISTICS: tuple[Statistic, ...] = (
         high="the queries use more dimensions: noise enters the query projection",
         low="the query projection is losing rank",
     ),
+    Statistic(
+        "logit_max",
+        "largest logit",
+        "query",
+        "nats",
+        spectral=False,
+        alerts=False,
+        on_request=True,
+        high="the logits grow: low precision overflows first where they are largest",
+        low="the logits shrink: attention turns uniform",
+    ),
+    Statistic(
+        "attention_entropy",
+        "attention entropy",
+        "query",
+        "nats",
+        spectral=False,
+        alerts=False,
+        on_request=True,
+        high="attention turns uniform: the head no longer selects",
+        low="attention collapses onto few tokens: entropy collapse, or a sink takes all",
+    ),
 )
 
 STATISTIC_NAMES: tuple[str, ...] = tuple(statistic.name for statistic in STATISTICS)
+DEFAULT_RECORDED: tuple[str, ...] = tuple(row.name for row in STATISTICS if not row.on_request)
 DEFAULT_ALERTING: tuple[str, ...] = tuple(row.name for row in STATISTICS if row.alerts)
 
 _BY_NAME: dict[str, Statistic] = {row.name: row for row in STATISTICS}
@@ -177,6 +202,12 @@ def statistic(name: str) -> Statistic:
     if row is None:
         raise SettingError(f"There is no statistic {name!r}. Known statistics: {', '.join(STATISTIC_NAMES)}.")
     return row
+
+
+def recorded(alerting: Iterable[str]) -> tuple[str, ...]:
+    """Names of the statistics that a run records which raises alerts by those named, in the table's order."""
+    named = set(alerting)
+    return tuple(row.name for row in STATISTICS if not row.on_request or row.name in named)
 
 
 def check_names(names: Iterable[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .ops import spectral_statistics
 from .records import BoolArray, FloatArray, LayerInfo, Layout
-from .stats import STATISTIC_NAMES, STATISTICS, HeadKind, statistic
+from .stats import STATISTIC_NAMES, HeadKind, statistic
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def summarise(layout: Layout, copied: list[tuple[Tensor, list[tuple[LayerInfo, H
                     known = np.isfinite(logs)
                     total[place] += np.where(known, logs, 0).sum(axis=0)
                     count[place] += known.sum(axis=0)
-                for row in STATISTICS:
+                for row in layout.rows:
                     non_finite[places[at_of[info.name], row.name]] += bad[row.kind][keep].sum(axis=0)
     return SampleSums(layout, total, count, non_finite, too_short)
 
@@ -125,7 +125,7 @@ def _not_finite(values: Mapping[str, FloatArray]) -> dict[HeadKind, BoolArray]:
 def layer_parts(layout: Layout) -> list[tuple[str, slice, int]]:
     """For each statistic and layer, the streams they take."""
     result = []
-    for row in STATISTICS:
+    for row in layout.rows:
         start = layout.slices[row.name].start
         for at, layer in enumerate(layout.layers):
             stop = start + layer.heads(row.kind)

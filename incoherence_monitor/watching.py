@@ -1,6 +1,7 @@
 """Attaching to a model, and saying what is watched and what is not.
 
-Layer 4: imports agreement, capture, config, coverage, distributed, errors, records, reporting, sampling, sharding.
+Layer 4: imports agreement, capture, config, coverage, distributed, errors, probe, records, reporting, sampling and
+sharding.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .config import MonitorConfig
 from .coverage import Coverage
 from .distributed import rank_and_world
 from .errors import ModelError, SettingError
+from .probe import Probe, run
 from .records import LayerInfo
 from .reporting import Reporter
 from .sampling import WindowSampler
@@ -128,8 +130,19 @@ def _cohort(name: str, module: nn.Module) -> str:
     return "/".join([*stacks, "sliding" if getattr(module, "sliding_window", None) else "global"])
 
 
+def run_probe(capture: ModelCapture | None, probe: Probe | None) -> None:
+    """Measure a probe instead of what training does: one forward of its own."""
+    assert capture is not None
+    assert probe is not None
+    with capture.probing() as model:
+        run(model, probe)
+
+
 def tell_unseen(capture: ModelCapture, step: int, reporter: Reporter) -> None:
     """Tell once of layers that an armed step should have shown and did not, with the probable cause."""
+    if capture.interrupted:
+        # A probe that failed has shown no layer, which has been told.
+        return
     _tell_left_out(capture.doubtful(), reporter)
     if unseen := capture.unseen():
         capture.missed = dict.fromkeys(unseen, f"not seen at step {step}: {capture.probable_cause()}")

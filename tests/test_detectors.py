@@ -11,7 +11,6 @@ from incoherence_monitor import MonitorConfig
 from incoherence_monitor.baseline import Baseline
 from incoherence_monitor.detectors import DriftDetector, normal_threshold, student_threshold
 from incoherence_monitor.records import LayerInfo, Layout
-from incoherence_monitor.stats import STATISTICS
 
 LAYOUT = Layout(tuple(LayerInfo(f"layer{at}", at, 4, 4, 16, window=64) for at in range(3)))
 KEY_NORM = LAYOUT.slices["key_norm"]
@@ -123,7 +122,7 @@ def test_what_all_heads_do_is_the_models_not_a_heads():
     values[60:, KEY_NORM] += 0.5
     _, verdicts = run(values)
     assert not [pair for pair in alarms(verdicts) if pair[0] < 70]
-    assert verdicts[61].model_alarm[[row.name for row in STATISTICS].index("key_norm")]
+    assert verdicts[61].model_alarm[LAYOUT.statistics.index("key_norm")]
 
 
 def test_a_common_bend_early_in_training_is_not_judged():

@@ -7,7 +7,7 @@ import pytest
 
 from incoherence_monitor import IncoherenceMonitor, MonitorConfig
 from incoherence_monitor.records import LayerInfo, Layout
-from incoherence_monitor.stats import STATISTICS
+from incoherence_monitor.stats import DEFAULT_RECORDED, statistic
 from incoherence_monitor.trackers import InMemoryTracker
 
 pytest.importorskip("matplotlib")
@@ -15,6 +15,8 @@ pytest.importorskip("matplotlib")
 from incoherence_monitor import figures
 
 from .test_monitor import drive, grow_one_head
+
+ROWS = [statistic(name) for name in DEFAULT_RECORDED]
 
 
 def draw(layers, heads, key_heads, drifting=()):
@@ -33,9 +35,9 @@ def test_every_panel_has_title_axes_and_a_colour_bar_and_nothing_overlaps(layers
     assert pixels.dtype == np.uint8
     assert pixels.shape[2] == 3
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
-    assert titles == [row.title for row in STATISTICS]
+    assert titles == [row.title for row in ROWS]
     bars = [axis for axis in figure.axes if axis.get_label() == "<colorbar>"]
-    assert [bar.get_ylabel() for bar in bars] == [row.unit for row in STATISTICS]
+    assert [bar.get_ylabel() for bar in bars] == [row.unit for row in ROWS]
     assert "step 1200" in figure._suptitle.get_text()
     assert "1 drifting head" in figure._suptitle.get_text()
     boxes = [axis.get_tightbbox() for axis in figure.axes]
@@ -54,7 +56,7 @@ def test_every_panel_has_title_axes_and_a_colour_bar_and_nothing_overlaps(layers
 def test_drifting_heads_are_framed_in_the_panels_of_their_kind_alone():
     figure = draw(4, 4, 2, drifting=[("key", 1, 1), ("query", 3, 2)])
     panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
-    for row in STATISTICS:
+    for row in ROWS:
         frames = [patch.get_xy() for patch in panels[row.title].patches]
         assert frames == [(0.5, 0.5)] if row.kind == "key" else [(1.5, 2.5)]
 

@@ -51,19 +51,23 @@ def test_reads_back_what_was_written(tmp_path):
     assert "3 samples, steps 0 to 6" in repr(history)
 
 
-def test_a_history_that_lacks_a_statistic_is_read_with_gaps(tmp_path):
-    write(tmp_path / "new", [0, 3])
-    (path,) = (tmp_path / "new").rglob("*.arrow")
-    old = tmp_path / "old" / "000000.arrow"
-    old.parent.mkdir()
-    table = pa.ipc.open_stream(path.open("rb")).read_all().drop_columns(["value_norm"])
-    with pa.ipc.new_stream(str(old), table.schema) as writer:
-        writer.write_table(table, max_chunksize=1)
-    history, whole = History.open(old.parent), History.open(tmp_path / "new")
-    assert np.isnan(history.values("value_norm")).all()
-    assert history.values("value_norm").shape == whole.values("value_norm").shape
-    for name in set(whole.statistics) - {"value_norm"}:
-        np.testing.assert_array_equal(history.values(name), whole.values(name))
+def test_attempts_that_recorded_other_statistics_are_read_together_with_gaps(tmp_path):
+    fewer = Layout(LAYOUT.layers, tuple(name for name in LAYOUT.statistics if name != "value_norm"))
+    write(tmp_path, [0, 3], layout=fewer)
+    history = History.open(tmp_path)
+    assert history.statistics == fewer.statistics
+    with pytest.raises(SettingError, match="value_norm was not recorded in this run"):
+        history.values("value_norm")
+    more = Layout(LAYOUT.layers, (*LAYOUT.statistics, "attention_entropy"))
+    write(tmp_path, [6, 9], layout=more)
+    history = History.open(tmp_path)
+    assert history.statistics == more.statistics
+    assert history.steps.tolist() == [0, 3, 6, 9]
+    for name in ("value_norm", "attention_entropy"):
+        assert np.isnan(history.values(name)).all(axis=1).tolist() == [True, True, False, False]
+    for layout, step, at in ((fewer, 3, 1), (more, 9, 3)):
+        for name in layout.statistics:
+            np.testing.assert_array_equal(history.values(name)[at], sample(step, layout)[layout.slices[name]])
 
 
 @pytest.mark.parametrize("below", ["", "incoherence", "incoherence/history"])

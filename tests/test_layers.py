@@ -15,7 +15,7 @@ PACKAGE = Path(incoherence_monitor.__file__).parent
 LAYERS = [
     {"errors", "reporting", "coverage"},
     {"ops"},
-    {"stats", "config", "records", "messages", "baseline", "detectors", "findings", "alerts"},
+    {"stats", "config", "probe", "records", "messages", "baseline", "detectors", "findings", "alerts"},
     {"windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "history", "judge", "figures"},
     {"dashboard", "pipeline", "state", "watching", "monitor"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"demo", "cli", ""},
 ]
 SIDEWAYS = {
-    "config": {"stats"},
+    "config": {"probe", "stats"},
     "records": {"stats"},
     "messages": {"records", "stats"},
     "baseline": {"records"},

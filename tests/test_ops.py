@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from incoherence_monitor import head_statistics, interaction_rank
 from incoherence_monitor.errors import SettingError
 from incoherence_monitor.ops import gram, reference
-from incoherence_monitor.stats import STATISTIC_NAMES, STATISTICS
+from incoherence_monitor.stats import DEFAULT_RECORDED as STATISTIC_NAMES
+from incoherence_monitor.stats import statistic
 
-KEY_STATISTICS = [row.name for row in STATISTICS if row.kind == "key"]
-QUERY_STATISTICS = [row.name for row in STATISTICS if row.kind == "query"]
+KEY_STATISTICS = [name for name in STATISTIC_NAMES if statistic(name).kind == "key"]
+QUERY_STATISTICS = [name for name in STATISTIC_NAMES if statistic(name).kind == "query"]
 SMOOTH = [name for name in STATISTIC_NAMES if name not in ("energy_rank", "key_leverage")]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .masks import allowed_on_diagonal
+from .masks import allowed_on_diagonal, mostly_behind
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm"}
 
@@ -162,11 +162,16 @@ def _split(heads: Tensor, batch: int) -> Tensor | None:
     return heads.reshape(batch, -1, *heads.shape[1:]) if heads.dim() == 3 and len(heads) % batch == 0 else None
 
 
-def tokens_of(masked: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Valid tokens and document starts from the masked logits [B, H, L, L]: what no head allows is not allowed."""
-    valid, previous = (allowed_on_diagonal(masked.detach(), below).any(dim=1) for below in (0, 1))
+def tokens_of(masked: Tensor) -> tuple[tuple[Tensor | None, Tensor | None], Tensor]:
+    """Valid tokens with document starts, and whether attention is causal, from the masked logits [B, H, L, L].
+
+    What no head allows is not allowed.
+    """
+    valid, previous, ahead = (allowed_on_diagonal(masked.detach(), below).any(dim=1) for below in (0, 1, -1))
+    causal = mostly_behind(valid, ahead)
     whole = valid.device.type == "cpu" and bool(valid.all())
-    return None if whole else valid, torch.cat([torch.ones_like(previous[:, :1]), ~previous], dim=1)
+    starts = torch.cat([torch.ones_like(previous[:, :1]), ~previous], dim=1)
+    return (None if whole else valid, starts), causal
 
 
 def repeats(key: Tensor) -> int:

@@ -27,6 +27,7 @@ class AttentionInput:
         micro: which of the step's micro-batches this is, from 0.
         starts: bool [B, L], True where a packed document begins; None if every sequence is one document.
         value: [B, Hk, L, dv], detached; None where the way of capture does not reach it.
+        causal: whether tokens attend to none after them; a bool tensor [] where that was read from a mask.
     """
 
     layer: str
@@ -37,6 +38,7 @@ class AttentionInput:
     micro: int
     starts: Tensor | None = None
     value: Tensor | None = None
+    causal: bool | Tensor = True
 
 
 Receiver = Callable[[AttentionInput], None]

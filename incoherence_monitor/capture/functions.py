@@ -50,30 +50,30 @@ def _flex(args: tuple[Any, ...], given: dict[str, Any]) -> None:
 
 def _flash(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     """`flash_attn_func`: q, k and v [B, L, H, d]."""
-    _take_flash(given["q"], given["k"], given.get("v"), given.get("softmax_scale"))
+    _take_flash(given["q"], given["k"], given.get("v"), given)
 
 
 def _flash_packed(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     """`flash_attn_qkvpacked_func`: qkv [B, L, 3, H, d]."""
     query, key, value = given["qkv"].unbind(2)
-    _take_flash(query, key, value, given.get("softmax_scale"))
+    _take_flash(query, key, value, given)
 
 
 def _flash_varlen(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     """`flash_attn_varlen_func`: q, k and v [T, H, d]."""
     value = given.get("v")
     value = value if value is None else value[None]
-    _take_flash(given["q"][None], given["k"][None], value, given.get("softmax_scale"), ends=given["cu_seqlens_q"])
+    _take_flash(given["q"][None], given["k"][None], value, given, ends=given["cu_seqlens_q"])
 
 
 def _flash_varlen_packed(args: tuple[Any, ...], given: dict[str, Any]) -> None:
     """`flash_attn_varlen_qkvpacked_func`: qkv [T, 3, H, d]."""
     query, key, value = given["qkv"][None].unbind(2)
-    _take_flash(query, key, value, given.get("softmax_scale"), ends=given["cu_seqlens"])
+    _take_flash(query, key, value, given, ends=given["cu_seqlens"])
 
 
 def _take_flash(
-    query: Tensor, key: Tensor, value: Tensor | None, scale: float | None, *, ends: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor | None, given: dict[str, Any], *, ends: Tensor | None = None
 ) -> None:
     module = running()
     if module is None:
@@ -81,7 +81,8 @@ def _take_flash(
     query, key = query.transpose(1, 2), key.transpose(1, 2)
     value = None if value is None else value.transpose(1, 2)
     seen = (None, None if ends is None else starts_of(ends, query.shape[2]))
-    tap(module, query, key, value=value, scale=scale, seen=seen, way=FLASH_WAY)
+    scale, causal = given.get("softmax_scale"), bool(given.get("causal", False))
+    tap(module, query, key, value=value, scale=scale, seen=seen, causal=causal, way=FLASH_WAY)
 
 
 def _multihead(args: tuple[Any, ...], given: dict[str, Any]) -> None:

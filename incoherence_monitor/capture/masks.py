@@ -84,6 +84,27 @@ def allowed_on_diagonal(logits: Tensor, below: int) -> Tensor:
     return ~(logits.diagonal(-below, dim1=-2, dim2=-1) <= _FORBIDDEN)
 
 
+def causal_by(mask: Any, *, batch: int, length: int, device: torch.device) -> Tensor | bool:
+    """Whether a mask, as `tokens` takes it, keeps tokens from those after them; False where it tells of keys alone."""
+    ahead = _allowed(mask, -1, batch=batch, length=length, device=device) if length > 1 else None
+    valid = _allowed(mask, 0, batch=batch, length=length, device=device)
+    return False if ahead is None or valid is None else mostly_behind(valid, ahead)
+
+
+def mostly_behind(valid: Tensor, ahead: Tensor) -> Tensor:
+    """Whether most tokens may not attend to the next one.
+
+    Args:
+        valid: bool [B, L], which may attend to themselves.
+        ahead: bool [B, L - 1], which may attend to the next.
+
+    Returns:
+        Bool [], on the device.
+    """
+    pairs = valid[:, :-1] & valid[:, 1:]
+    return 2 * (ahead & pairs).sum() <= pairs.sum()
+
+
 def worth_knowing(valid: Tensor | None, starts: Tensor | None) -> Tensor | None:
     """The starts, or None where no document begins inside a sequence; on the CPU alone, where looking costs no wait."""
     if starts is None or starts.device.type != "cpu":
@@ -109,15 +130,15 @@ def _either(one: Tensor | None, other: Tensor) -> Tensor:
 
 
 def _allowed(mask: Any, below: int, *, batch: int, length: int, device: torch.device) -> Tensor | None:
-    """Bool [B, L - below]: whether each token may attend to the one `below` places before it; None if not told."""
+    """Bool [B, L - |below|]: whether each token may attend to the one `below` places before it; None if not told."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
         rows = torch.arange(batch, device=device)[:, None]
-        places = torch.arange(below, length, device=device)[None, :]
+        places = torch.arange(max(below, 0), length + min(below, 0), device=device)[None, :]
         head = torch.zeros((), dtype=torch.long, device=device)
         told: Tensor = mask.mask_mod(rows, head, places, places - below)
-        return told.expand(batch, length - below)
+        return told.expand(batch, length - abs(below))
     if mask.dim() == 2 and mask.shape == (batch, length):
         along = mask
     elif mask.dim() == 4 and mask.shape[-1] >= length and mask.shape[-2] == 1:
@@ -126,7 +147,7 @@ def _allowed(mask: Any, below: int, *, batch: int, length: int, device: torch.de
         square = mask[:, 0, :length, :length]
         additive = square.is_floating_point()
         told = allowed_on_diagonal(square, below) if additive else square.diagonal(-below, dim1=-2, dim2=-1).bool()
-        return told.expand(batch, length - below)
+        return told.expand(batch, length - abs(below))
     else:
         raise ValueError(f"an attention mask of shape {list(mask.shape)} for {length} tokens is not understood")
     if below:

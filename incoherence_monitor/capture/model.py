@@ -6,7 +6,8 @@ Layer 3: imports the rooms of capture.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -64,6 +65,7 @@ class ModelCapture(TapOwner):
         self.taps: list[Tap] = []
         self._hooked: list[nn.Module] = []
         self.missed: dict[str, str] = {}
+        self.interrupted = False
         self._root: nn.Module | None = unwrap(model)
         self._root_hook: Any = None
         namespaces: dict[int, Any] = {}
@@ -106,6 +108,7 @@ class ModelCapture(TapOwner):
         for tap in self.taps:
             tap.counter = CallCounter()
         self.forward = 0
+        self.interrupted = False
         self.resume()
 
     def resume(self) -> None:
@@ -131,6 +134,21 @@ class ModelCapture(TapOwner):
             tap.disarm()
         if not SWITCH.armed:
             products.leave_all()
+
+    @contextmanager
+    def probing(self) -> Iterator[nn.Module]:
+        """Let calls count that are made in evaluation mode and without gradient, for this capture alone.
+
+        Yields:
+            The model inside what compilation and data parallel wrap around it.
+        """
+        assert self._root is not None
+        self.interrupted, SWITCH.probe = True, self
+        try:
+            yield self._root
+            self.interrupted = False
+        finally:
+            SWITCH.probe = None
 
     def release(self) -> None:
         """Let go of the model; names and counts stay."""

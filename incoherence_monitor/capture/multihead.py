@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .current import pop, push, watched_now
-from .masks import allowed_on_diagonal
+from .masks import allowed_on_diagonal, mostly_behind
 from .taps import SLOT, failed, tap
 
 WAY = "nn.MultiheadAttention, computed again"
@@ -95,27 +95,29 @@ def project_and_tap(
         biases = (None, None, None) if bias is None else bias.chunk(3)
         projected = [functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
         query, key, value = (each.reshape(*each.shape[:2], heads, -1).transpose(1, 2) for each in projected)
-        seen = _tokens(*masks, heads=heads, batch=query.shape[0], length=query.shape[2])
+        seen, causal = _tokens(*masks, heads=heads, batch=query.shape[0], length=query.shape[2])
     # Whether the call counts depends on the gradient mode it was made in.
     with torch.set_grad_enabled(gradient):
-        tap(module, query, key, value=value, scale=None, seen=seen, way=WAY)
+        tap(module, query, key, value=value, scale=None, seen=seen, causal=causal, way=WAY)
 
 
 def _tokens(
     padding: Tensor | None, attention: Tensor | None, *, heads: int, batch: int, length: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Valid tokens, and where documents begin, from the two masks."""
+) -> tuple[tuple[Tensor | None, Tensor | None], Tensor | bool]:
+    """Valid tokens with where documents begin, and whether attention is causal, from the two masks."""
     valid, starts = None, None
+    causal: Tensor | bool = False
     if attention is not None and attention.shape[-1] == attention.shape[-2] == length:
         # In three dimensions the first is batch times heads.
         square = attention.detach()[None] if attention.dim() == 2 else attention.detach()[::heads]
-        valid, previous = (
+        valid, previous, ahead = (
             allowed_on_diagonal(square, below) if square.is_floating_point() else ~square.diagonal(-below, 1, 2)
-            for below in (0, 1)
+            for below in (0, 1, -1)
         )
+        causal = mostly_behind(valid, ahead)
         starts = torch.cat([torch.ones_like(valid[:, :1]), ~previous], dim=1).expand(batch, length)
     if padding is not None:
         kept = padding.detach().reshape(-1, length)
         kept = kept == 0 if kept.is_floating_point() else ~kept
         valid = kept if valid is None else valid & kept
-    return None if valid is None else valid.expand(batch, length), starts
+    return (None if valid is None else valid.expand(batch, length), starts), causal

@@ -42,16 +42,17 @@ class Observations:
         scale: float | None,
         valid: Tensor | None,
         starts: Tensor | None,
+        causal: bool,
     ) -> None:
         """Take one call, as `IncoherenceMonitor.observe` describes it; in compiled code by an opaque operator."""
         if torch.compiler.is_compiling():
             factor = query.shape[-1] ** -0.5 if scale is None else scale
             handed = [None if each is None else each.detach() for each in (query, key, value)]
-            torch.ops.incoherence_monitor.observed(name, *handed, valid, starts, self._slot, factor)
+            torch.ops.incoherence_monitor.observed(name, *handed, valid, starts, self._slot, factor, causal)
             return
         try:
             factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
-            call = Call(query, key, value, factor, valid, starts)
+            call = Call(query, key, value, factor, valid, starts, causal)
         except Exception as error:  # Whatever goes wrong, training goes on.
             self._on_error(name, error)
             return

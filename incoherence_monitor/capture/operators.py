@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .base import AttentionInput
-from .masks import TELLING, TokensCache, worth_knowing
+from .masks import TELLING, TokensCache, causal_by, worth_knowing
 
 CACHE = TokensCache()
 _BY_NUMBER: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -46,6 +46,7 @@ class Call:
         scale: float,
         valid: Tensor | None,
         starts: Tensor | None,
+        causal: bool | Tensor,
         way: str = "",
     ) -> None:
         """Hold detached tensors, which share the model's memory; no values where they are not those of the keys."""
@@ -53,13 +54,16 @@ class Call:
         belongs = value is not None and value.dim() == 4 and value.shape[:3] == key.shape[:3]
         self.value = value.detach() if belongs and value is not None else None
         self.valid, self.starts, self.way = valid, worth_knowing(valid, starts), way
+        self.causal = causal
 
     def counted(self, layer: str, micro: int, repeats: int = 1) -> AttentionInput:
         """What is handed on of it, with one key head of each `repeats` equal ones."""
         key, value = self.key, self.value
         if repeats > 1:
             key, value = key[:, ::repeats], None if value is None else value[:, ::repeats]
-        return AttentionInput(layer, self.query, key, self.scale, self.valid, micro, starts=self.starts, value=value)
+        return AttentionInput(
+            layer, self.query, key, self.scale, self.valid, micro, starts=self.starts, value=value, causal=self.causal
+        )
 
 
 @torch.library.custom_op("incoherence_monitor::tap", mutates_args=("slot",))
@@ -72,11 +76,16 @@ def _tap(
     positions: Tensor | None,
     valid: Tensor | None,
     starts: Tensor | None,
+    behind: Tensor | None,
     slot: Tensor,
     scale: float,
     selects: bool,
+    causal: bool | None,
 ) -> None:
-    """Hand on what a compiled attention layer received to the place that the slot names."""
+    """Hand on what a compiled attention layer received to the place that the slot names.
+
+    Whether it is causal is said by `behind`, read off a mask in the graph, or by `causal`, or by the mask.
+    """
     place = _holder(slot)
     if place is None:
         return
@@ -84,7 +93,10 @@ def _tap(
         if valid is None and starts is None:
             given = dict(zip(TELLING, (ends, positions), strict=True)) | ({"indices": None} if selects else {})
             valid, starts = CACHE(mask, given, batch=len(query), length=query.shape[2], device=query.device)
-        call = Call(query, key, value, scale, valid, starts)
+        said: Tensor | bool | None = causal if behind is None else behind
+        if said is None:
+            said = causal_by(mask, batch=len(query), length=query.shape[2], device=query.device)
+        call = Call(query, key, value, scale, valid, starts, said)
     except Exception as error:  # Whatever goes wrong, training goes on.
         place.failed(error)
         return
@@ -101,11 +113,12 @@ def _observed(
     starts: Tensor | None,
     slot: Tensor,
     scale: float,
+    causal: bool,
 ) -> None:
     """As `tap`, for `IncoherenceMonitor.observe` inside a compiled model."""
     holder = _holder(slot)
     if holder is not None:
-        holder.receive(name, Call(query, key, value, scale, valid, starts))
+        holder.receive(name, Call(query, key, value, scale, valid, starts, causal))
 
 
 @_tap.register_fake

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from . import current
 from .algebra import Product, heads_of, like_keys, product_of, scaled, tokens_of, values_of
 from .discovery import is_compiled
-from .taps import failed, place_of, skip, tap
+from .taps import SWITCH, failed, place_of, skip, tap
 
 WAY = "matmul and softmax by hand, eager"
 SDPA_WAY = "torch's scaled_dot_product_attention"
@@ -191,10 +191,11 @@ class _Follower(TorchFunctionMode):
         query, key, masked = heads
         for factor in product.factors:
             query = query * factor.detach().to(query.dtype)
-        seen = tokens_of(masked) if query.shape[2] == key.shape[2] else (None, None)
+        seen, causal = tokens_of(masked) if query.shape[2] == key.shape[2] else ((None, None), False)
 
         def take(values: Tensor | None) -> None:
-            tap(self.frame.module, query, key, value=values, scale=product.scale, seen=seen, way=WAY)
+            scale = product.scale
+            tap(self.frame.module, query, key, value=values, scale=scale, seen=seen, causal=causal, way=WAY)
 
         self.frame.awaiting = _Awaiting(key, take, torch.is_grad_enabled())
 
@@ -214,6 +215,8 @@ def take_sdpa(
         given.get(name, args[at] if len(args) > at else None) for at, name in enumerate(("query", "key", "value"))
     )
     mask = given.get("attn_mask", args[3] if len(args) > 3 else None)
+    # Without it a mask says, or its absence.
+    causal = True if given.get("is_causal", args[5] if len(args) > 5 else False) else None
     assert query is not None
     assert key is not None
     if query.dim() == 3 and shape and shape[0] == query.shape[0]:
@@ -225,15 +228,18 @@ def take_sdpa(
         return
     if mask is not None:
         mask = mask.reshape(*[1] * (4 - mask.dim()), *mask.shape)
-    tap(module, query, key, value=value, scale=given.get("scale"), mask=mask, way=SDPA_WAY)
+    tap(module, query, key, value=value, scale=given.get("scale"), mask=mask, causal=causal, way=SDPA_WAY)
 
 
 def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook."""
     current.before(module, args, kwargs)
-    if torch.compiler.is_compiling() or not current.watched_now(module) or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not current.watched_now(module):
         return
-    if not module.training or is_compiled(module):
+    # Of a probe's forward, nothing is compiled.
+    if SWITCH.probe is None and not torch.is_grad_enabled():
+        return
+    if SWITCH.probe is None and (not module.training or is_compiled(module)):
         skip(module, _EVALUATING if not module.training else _COMPILED)
         return
     inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 2]

@@ -66,4 +66,14 @@ def _take(function: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, A
     if getattr(module, "compressor", None) is not None:
         # Compressed entries follow the tokens' own keys (DeepSeek V4).
         key, value = (each if each is None else each[:, :, : query.shape[2]] for each in (key, value))
-    tap(module, query, key, value=value, scale=given.get("scaling"), mask=given.get("attention_mask"), kwargs=kwargs)
+    said = given.get("is_causal")
+    tap(
+        module,
+        query,
+        key,
+        value=value,
+        scale=given.get("scaling"),
+        mask=given.get("attention_mask"),
+        kwargs=kwargs,
+        causal=bool(getattr(module, "is_causal", True) if said is None else said),
+    )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .algebra import repeats
 from .base import CallCounter, Receiver
 from .discovery import Found
-from .masks import TELLING, tokens
+from .masks import TELLING, causal_by, tokens
 from .operators import CACHE, Call, numbered_slot
 
 SLOT = "_incoherence_slot"
@@ -30,9 +30,10 @@ _DECLARED = ("num_attention_heads", "num_key_value_heads", "hidden_size")
 
 
 class Switch:
-    """Whether any capture is armed; Dynamo guards on the attribute."""
+    """Whether any capture is armed, on which Dynamo guards; and the one that runs a probe now, if any."""
 
     armed = False
+    probe: TapOwner | None = None
 
 
 SWITCH = Switch()
@@ -47,14 +48,19 @@ class Place:
         self.slot = numbered_slot(self)
         self.armed: list[Tap] = []
 
+    @property
+    def listening(self) -> list[Tap]:
+        """Those who watch now: of a probe's forward its own capture alone."""
+        return [tap for tap in self.armed if SWITCH.probe in (None, tap.owner)]
+
     def hand_on(self, call: Call) -> None:
         """Give a call to all who watch."""
-        for tap in self.armed:
+        for tap in self.listening:
             tap.receive(call)
 
     def failed(self, error: BaseException) -> None:
         """Count a failure to take a call."""
-        for tap in self.armed:
+        for tap in self.listening:
             tap.owner.on_error(tap.name, error)
 
 
@@ -148,9 +154,9 @@ def why_not(module: nn.Module, query: Tensor, key: Tensor) -> str | None:
     """Why a call of a watched module does not count, if it does not."""
     if torch._C._functorch.maybe_current_level() is not None:
         return "the call ran inside torch.func (vmap, grad), where values cannot be read"
-    if not module.training:
+    if SWITCH.probe is None and not module.training:
         return "the module was in evaluation mode"
-    if not torch.is_grad_enabled():
+    if SWITCH.probe is None and not torch.is_grad_enabled():
         return "the call ran without gradient (evaluation, generation or a checkpointed forward)"
     if query.shape[2] != key.shape[2]:
         return "queries and keys differ in length (cross-attention or a cache)"
@@ -174,6 +180,7 @@ def tap(
     mask: Any = None,
     kwargs: Mapping[str, Any] | None = None,
     seen: tuple[Tensor | None, Tensor | None] | None = None,
+    causal: bool | Tensor | None = None,
     way: str = "",
 ) -> None:
     """Take what an attention call received. Never raises outside of compiled code; there, only while it is traced.
@@ -187,6 +194,7 @@ def tap(
         mask: as `masks.tokens` takes it.
         kwargs: the call's other arguments, which may tell of packed documents.
         seen: valid tokens and document starts, where they are known already.
+        causal: whether tokens attend to none after them; None if the mask is to say.
         way: how the call was found.
     """
     if torch.compiler.is_compiling():
@@ -196,6 +204,7 @@ def tap(
                 # A block mask is code, which no operator can be handed.
                 batch, _, length, _ = query.shape
                 seen = tokens(mask, given, batch=batch, length=length, device=query.device)
+                causal = causal_by(mask, batch=batch, length=length, device=query.device) if causal is None else causal
             # Masks and positions are handed over as they are: whatever is computed of them here becomes part of the
             # graph, and the compiler may then fuse the model's own operations otherwise.
             told = [mask, *(given.get(name) for name in TELLING)] if seen is None else [None] * (1 + len(TELLING))
@@ -205,7 +214,8 @@ def tap(
             told = [each if isinstance(each, Tensor) else None for each in told]
             selects = "indices" in given
             handed = [None if each is None else each.detach() for each in (query, key, value)]
-            torch.ops.incoherence_monitor.tap(*handed, *told, valid, starts, slot, factor, selects)
+            behind, said = (causal, None) if isinstance(causal, Tensor) else (None, causal)
+            torch.ops.incoherence_monitor.tap(*handed, *told, valid, starts, behind, slot, factor, selects, said)
         return
     place = place_of(module)
     if place is None:
@@ -218,7 +228,9 @@ def tap(
         batch, _, length, dim = query.shape
         if seen is None:
             seen = CACHE(mask, kwargs or {}, batch=batch, length=length, device=query.device)
-        call = Call(query, key, value, dim**-0.5 if scale is None else float(scale), *seen, way)
+        if causal is None:
+            causal = causal_by(mask, batch=batch, length=length, device=query.device)
+        call = Call(query, key, value, dim**-0.5 if scale is None else float(scale), *seen, causal, way)
     except Exception as error:  # Whatever goes wrong, training goes on.
         failed(module, error)
         return
@@ -228,7 +240,7 @@ def tap(
 def skip(module: nn.Module, reason: str) -> None:
     """Count a call of a watched module that is left out."""
     place = place_of(module)
-    for one in place.armed if place is not None else ():
+    for one in place.listening if place is not None else ():
         one.skip(reason)
 
 

@@ -9,6 +9,7 @@ import copy
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -164,6 +165,7 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             if other is not self and other._arguments is not None and other._arguments() is args:
                 self.trackers, self.on_alert, self._replaced = other.trackers, other.on_alert, other
                 self._arguments = other._arguments
+                self.config = replace(self.config, probe=other.config.probe)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Arm, if this step is sampled; judge the sample before."""

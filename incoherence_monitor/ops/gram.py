@@ -6,16 +6,19 @@ From query [B, Hq, L, d] and key [B, Hk, L, d] to one number per window and head
 Legend of shape suffixes: B windows, G key heads, R query heads per key head, Q = G * R query heads, L tokens,
 D head dimension.
 
-Layer 1: imports torch, errors, constants and shapes.
+Layer 1: imports torch, errors, constants, logits and shapes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from ..errors import SettingError
 from .constants import KEYS_EQUAL_BELOW, RANK_SHARE
+from .logits import ON_REQUEST, logit_statistics
 from .shapes import check_shapes
 
 _FULL_RANK_ABOVE = 1e-11
@@ -35,7 +38,14 @@ _ELEMENTS_IN_CACHE = 1 << 17
 
 
 def smooth_statistics(
-    query: Tensor, key: Tensor, *, value: Tensor | None = None, scale: float, valid: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    *,
+    value: Tensor | None = None,
+    scale: float,
+    valid: Tensor | None = None,
+    also: Collection[str] = (),
+    causal: bool | Tensor = True,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Every statistic that needs no eigenvalues, and the core whose eigenvalues give the others.
 
@@ -45,6 +55,8 @@ def smooth_statistics(
         value: [B, Hk, L, dv], any float dtype; None leaves its statistics out.
         scale: the factor s of the attention product.
         valid: bool [B, L]; tokens that are False are left out.
+        also: of `ON_REQUEST`, those to compute as well.
+        causal: whether tokens attend to none after them, for those; a bool tensor [] where that is on the device.
 
     Returns:
         The statistics as float32 [B, Hk] or [B, Hq], NaN where undefined; and the core [B, Hq, d, d], float32,
@@ -52,20 +64,24 @@ def smooth_statistics(
     """
     at_once = max(1, _ELEMENTS_IN_CACHE // query[0].numel()) if query.device.type == "cpu" else query.shape[0]
     if at_once >= query.shape[0]:
-        return _smooth_statistics(query, key, value, scale=scale, valid=valid)
+        return _smooth_statistics(query, key, value, valid, scale=scale, also=also, causal=causal)
     pieces = [
         [None] * query.shape[0] if each is None else torch.split(each, at_once) for each in (query, key, value, valid)
     ]
-    parts = [
-        _smooth_statistics(some_query, some_key, some_value, scale=scale, valid=some_valid)
-        for some_query, some_key, some_value, some_valid in zip(*pieces, strict=False)
-    ]
+    parts = [_smooth_statistics(*piece, scale=scale, also=also, causal=causal) for piece in zip(*pieces, strict=False)]
     smooth = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
     return smooth, torch.cat([part[1] for part in parts])
 
 
 def _smooth_statistics(
-    query: Tensor, key: Tensor, value: Tensor | None, *, scale: float, valid: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    valid: Tensor | None,
+    *,
+    scale: float,
+    also: Collection[str],
+    causal: bool | Tensor,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """`smooth_statistics` of some windows."""
     dtype = _working_dtype(query.device)
@@ -92,6 +108,9 @@ def _smooth_statistics(
         length_BGL = torch.linalg.vector_norm(value.detach().to(dtype), dim=-1)
         length_BGL = length_BGL if valid is None else torch.where(valid[:, None], length_BGL, zero)
         result["value_norm"] = length_BGL.sum(dim=-1) / count_B1
+    if also:
+        of_pairs = logit_statistics(query_BQLD, key_BGLD, scale=scale, causal=causal, valid=valid)
+        result |= {name: of_pairs[name] for name in also}
 
     # Centre before squaring: K^T K - L kbar kbar^T loses the digits that a large mean key takes.
     centred_BGLD = key_BGLD - key_BGLD.sum(dim=-2, keepdim=True) / count_B1[:, :, None, None]
@@ -196,6 +215,8 @@ def head_statistics(
     scale: float | None = None,
     valid: Tensor | None = None,
     eigen: bool = True,
+    also: Collection[str] = (),
+    causal: bool = True,
 ) -> dict[str, Tensor]:
     """Statistics of every head, one window per batch entry.
 
@@ -210,13 +231,15 @@ def head_statistics(
         scale: the factor s of the attention product; None means d ** -0.5.
         valid: bool [B, L]; tokens that are False are left out of their window.
         eigen: also return `energy_rank` and `energy_stable_rank`, which need eigenvalues.
+        also: "logit_max", "attention_entropy", or both: they take every pair of tokens, in blocks of rows.
+        causal: whether tokens attend to none after them, for those two.
 
     Returns:
         float32 tensors by name, key statistics [B, Hk] and query-key statistics [B, Hq]; NaN where a statistic is
         undefined (all keys equal, no valid token) or the input is not finite.
 
     Raises:
-        SettingError: if the shapes or dtypes do not fit together.
+        SettingError: if the shapes or dtypes do not fit together, or `also` names another.
 
     Example:
         >>> q, k = torch.randn(2, 8, 256, 64), torch.randn(2, 2, 256, 64)
@@ -224,8 +247,10 @@ def head_statistics(
         (2, 2)
     """
     check_shapes(query, key, valid, value=value)
+    if isinstance(also, str) or not set(also) <= set(ON_REQUEST):
+        raise SettingError(f"also must be a sequence of names among {list(ON_REQUEST)}; got {also!r}.")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    result, core = smooth_statistics(query, key, value=value, scale=scale, valid=valid)
+    result, core = smooth_statistics(query, key, value=value, scale=scale, valid=valid, also=also, causal=causal)
     return result | spectral_statistics(core) if eigen else result
 
 

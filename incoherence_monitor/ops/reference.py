@@ -169,6 +169,29 @@ def query_head_statistics(
     return result
 
 
+def logit_head_statistics(query: Tensor, key: Tensor, *, scale: float, causal: bool) -> dict[str, float]:
+    """The statistics of one query head over every pair of tokens of one window that may attend to each other.
+
+    Args:
+        query: [L, d].
+        key: [L, d], the head's key head.
+        scale: the factor s of the attention product.
+        causal: whether tokens attend to none after them.
+
+    Returns:
+        `logit_max` and `attention_entropy`; NaN without tokens.
+    """
+    if not len(query):
+        return dict.fromkeys(("logit_max", "attention_entropy"), float("nan"))
+    rows = scale * query.double() @ key.double().T
+    allowed = [row[: at + 1] if causal else row for at, row in enumerate(rows)]
+    entropies = [-(row.softmax(dim=0) * row.log_softmax(dim=0)).sum() for row in allowed]
+    return {
+        "logit_max": float(torch.stack([row.max() for row in allowed]).max()),
+        "attention_entropy": float(torch.stack(entropies).mean()),
+    }
+
+
 def head_statistics(
     query: Tensor,
     key: Tensor,
@@ -177,6 +200,7 @@ def head_statistics(
     scale: float | None = None,
     valid: Tensor | None = None,
     method: Literal["svd", "qr"] = "svd",
+    causal: bool | None = None,
 ) -> dict[str, Tensor]:
     """Every statistic of METRICS.md by definition, head by head.
 
@@ -187,6 +211,7 @@ def head_statistics(
         scale: the factor s; None means d ** -0.5.
         valid: bool [B, L]; tokens that are False are left out.
         method: how to take the singular values, see `energy_singular_values`.
+        causal: whether tokens attend to none after them; None leaves out the statistics over every pair of tokens.
 
     Returns:
         float64 tensors by name, key statistics [B, Hk], query-key statistics [B, Hq].
@@ -204,6 +229,11 @@ def head_statistics(
         ]
         per_query = [
             query_head_statistics(query[b, h][keep], key[b, h // group][keep], scale=scale, method=method)
+            | (
+                {}
+                if causal is None
+                else logit_head_statistics(query[b, h][keep], key[b, h // group][keep], scale=scale, causal=causal)
+            )
             for h in range(query_heads)
         ]
         for per_head in (per_key, per_query):
