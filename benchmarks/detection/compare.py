@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from incoherence_monitor import MonitorConfig
-from incoherence_monitor.detectors import DriftDetector
-from incoherence_monitor.judge import RUNAWAY_LOGITS
-from incoherence_monitor.records import LayerInfo, Layout
+from incoherence_monitor.judge import Judge
+from incoherence_monitor.records import Alert, LayerInfo, Layout
 from incoherence_monitor.stats import DEFAULT_ALERTING, statistic
+from incoherence_monitor.sums import SampleSums
 
 from .plan import FORKED, RunSpec
 from .recorded import Recorded, load
@@ -50,32 +50,34 @@ class Series:
 
 
 class Replay:
-    """The drift detector fed with recorded samples, and the score of each."""
+    """The monitor's judgement of recorded samples: the alerts it raises, and how near each sample came to one."""
 
     def __init__(self, layout: Layout, config: MonitorConfig) -> None:
         """Start before the first sample."""
-        self._layout = layout
-        self._detector = DriftDetector(layout, config)
+        self._layout, self._judge = layout, Judge(config)
         self._kinds = [statistic(name).kind for name in layout.slices for _ in layout.heads(name)]
-        self._before = np.full(layout.size, np.nan)
-        self._model_before = np.full(len(self._detector.model_threshold), np.nan)
+        self._before: FloatArray | None = None
+        self._model_before: FloatArray | None = None
         self.score = list[float]()
         self.places = list[Place | None]()
+        self.alerts = list[tuple[Alert, ...]]()
 
     def feed(self, logs: FloatArray) -> None:
         """Judge one sample, [S] log values.
 
         Its score is the largest deviation seen on two samples in a row with one sign, over its threshold.
         """
-        at = len(self.score)
-        verdict = self._detector.judge(logs, tick=at, step=at)
-        heads = _twice(verdict.deviation, self._before) / self._detector.threshold
-        model = _twice(verdict.model_deviation, self._model_before) / self._detector.model_threshold
+        at, known = len(self.score), np.isfinite(logs)
+        sums = SampleSums(self._layout, np.where(known, logs, 0), known.astype(np.float64), np.zeros(len(logs)), 0)
+        judged = self._judge.judge(sums, step=at)
+        verdict, detector = judged.verdict, self._judge._detector
+        heads = _twice(verdict.deviation, self._before) / detector.threshold
+        model = _twice(verdict.model_deviation, self._model_before) / detector.model_threshold
         self._before = _known(verdict.deviation, self._before)
         self._model_before = _known(verdict.model_deviation, self._model_before)
         best, best_model = (float(np.nanmax(part)) if np.isfinite(part).any() else -math.inf for part in (heads, model))
         place: Place | None = None
-        if best >= best_model > -math.inf or best > -math.inf == best_model:
+        if best >= best_model and best > -math.inf:
             stream = int(np.nanargmax(heads))
             layer, head = self._layout.stream_layer[stream], self._layout.stream_head[stream]
             place = (self._kinds[stream], int(layer), int(head))
@@ -83,21 +85,20 @@ class Replay:
             place = ("model", -1, -1)
         self.score.append(max(best, best_model) if place is not None else math.nan)
         self.places.append(place)
+        self.alerts.append(tuple(judged.alerts))
 
 
 Past = dict[tuple[str, str, int], Replay]
 """Replays up to an onset, by signal, healthy run and onset: what its forks have in common is judged once."""
 
 
-def drift_scores(
-    layout: Layout, logs: FloatArray, config: MonitorConfig, key: str, run: Recorded, past: Past
-) -> Series:
-    """Replay the drift detector over a run.
+def replayed(layout: Layout, logs: FloatArray, config: MonitorConfig, key: str, run: Recorded, past: Past) -> Replay:
+    """Judge a recorded run.
 
     Args:
         layout: the streams.
         logs: [n, S] log values; NaN where undefined.
-        config: the detector's settings.
+        config: settings of the judgement.
         key: name of the signal.
         run: whose samples they are.
         past: replays to begin from, and where this one is left for the next fork.
@@ -108,15 +109,17 @@ def drift_scores(
         if len(replay.score) == run.onset > 0:
             past[place] = copy.deepcopy(replay)
         replay.feed(row)
-    return Series(np.array(replay.score), tuple(replay.places))
+    return replay
 
 
-def _known(now: FloatArray, before: FloatArray) -> FloatArray:
-    return np.where(np.isfinite(now), now, before)
+def _known(now: FloatArray, before: FloatArray | None) -> FloatArray:
+    return now if before is None else np.where(np.isfinite(now), now, before)
 
 
-def _twice(now: FloatArray, before: FloatArray) -> FloatArray:
+def _twice(now: FloatArray, before: FloatArray | None) -> FloatArray:
     """Size of a deviation that has been seen twice with one sign; 0 where the signs differ, NaN where not judged."""
+    if before is None:
+        return np.full(now.shape, np.nan)
     with np.errstate(invalid="ignore"):
         both = np.where(np.sign(now) == np.sign(before), np.minimum(np.abs(now), np.abs(before)), 0.0)
     return np.where(np.isfinite(now) & np.isfinite(before), both, np.nan)
@@ -129,48 +132,63 @@ def _logs(values: FloatArray) -> FloatArray:
     return logs
 
 
-def ours(run: Recorded, past: Past, *, every: float | None = None) -> Series:
-    """This package: drift of the statistics that alert by default, and the absolute bound on the logits.
+def ours(run: Recorded, past: Past, *, every: float | None = None) -> dict[str, Series]:
+    """This package with the statistics that alert by default.
 
     Args:
         run: what was recorded.
         past: see `Past`.
         every: `false_alarm_every`; None for its default.
+
+    Returns:
+        "ours", a score whose threshold can be moved, infinite where an absolute rule alerts; and what a user is told:
+        "alerts" of any severity and "critical" ones, a score of 2 at their samples.
     """
-    statistics = tuple(name for name in DEFAULT_ALERTING if name in run.layout.slices)
-    config = MonitorConfig(statistics=statistics)
+    config = MonitorConfig(statistics=tuple(name for name in DEFAULT_ALERTING if name in run.layout.slices))
     if every is not None:
         config = replace(config, false_alarm_every=every)
-    found = drift_scores(run.layout, _logs(run.values), config, f"ours@{every}", run, past)
-    score, places = found.score.copy(), list(found.places)
-    part = run.layout.slices["energy_scale"]
-    scale = np.nan_to_num(run.values[:, part])
-    for at in np.flatnonzero((scale > RUNAWAY_LOGITS).any(1)):
-        stream = part.start + int(np.argmax(scale[at]))
-        score[at] = math.inf
-        places[at] = ("query", int(run.layout.stream_layer[stream]), int(run.layout.stream_head[stream]))
-    return Series(score, tuple(places))
+    replay = replayed(run.layout, _logs(run.values), config, f"ours@{every}", run, past)
+    score, places = np.array(replay.score), list(replay.places)
+    for at, alerts in enumerate(replay.alerts):
+        if alerts and not score[at] > 1:
+            score[at], places[at] = math.inf, _place(alerts[0])
+    result = {"ours": Series(score, tuple(places))}
+    for name, severities in (("alerts", ("warning", "critical")), ("critical", ("critical",))):
+        told = [[alert for alert in alerts if alert.severity in severities] for alerts in replay.alerts]
+        result[name] = Series(
+            np.array([2.0 * bool(alerts) for alerts in told]),
+            tuple(_place(alerts[0]) if alerts else None for alerts in told),
+        )
+    return result
+
+
+def _place(alert: Alert) -> Place:
+    layer = -1 if alert.layer_index is None else alert.layer_index
+    return alert.kind, layer, -1 if alert.head is None else alert.head
+
+
+def _series(replay: Replay) -> Series:
+    return Series(np.array(replay.score), tuple(replay.places))
 
 
 def restricted(run: Recorded, past: Past, *, statistics: tuple[str, ...]) -> Series:
     """The same detector on other statistics."""
     config = MonitorConfig(statistics=statistics)
-    return drift_scores(run.layout, _logs(run.values), config, "+".join(statistics), run, past)
+    return _series(replayed(run.layout, _logs(run.values), config, "+".join(statistics), run, past))
 
 
 def update_entropy(run: Recorded, past: Past) -> Series:
     """The same detector on the spectral entropy of the update of W_Q^T W_K, per query head."""
     logs = np.full(run.values.shape, np.nan)
     logs[:, run.layout.slices[_CARRIER]] = _logs(run.entropies)
-    return drift_scores(run.layout, logs, MonitorConfig(statistics=(_CARRIER,)), "update entropy", run, past)
+    return _series(replayed(run.layout, logs, MonitorConfig(statistics=(_CARRIER,)), "update entropy", run, past))
 
 
 def _scalar(values: FloatArray, key: str, run: Recorded, past: Past) -> Series:
     logs = np.full((len(values), _SCALAR.size), np.nan)
     logs[:, _SCALAR.slices[_CARRIER].start] = _logs(values)
-    found = drift_scores(_SCALAR, logs, MonitorConfig(statistics=(_CARRIER,)), key, run, past)
-    score = np.where(np.isfinite(values), found.score, np.inf)
-    return Series(score, (None,) * len(values))
+    found = replayed(_SCALAR, logs, MonitorConfig(statistics=(_CARRIER,)), key, run, past)
+    return Series(np.where(np.isfinite(values), found.score, np.inf), (None,) * len(values))
 
 
 def loss(run: Recorded, past: Past) -> Series:
@@ -199,20 +217,24 @@ class Signal:
 
     Attributes:
         title: its name in tables.
-        score: makes a series of a run.
+        score: makes a series of a run; None for what `ours` makes.
         fixed: it has no score to set a threshold on; its findings are taken as they come.
         per_head: it can name a head.
     """
 
     title: str
-    score: Callable[[Recorded, Past], Series]
+    score: Callable[[Recorded, Past], Series] | None = None
     fixed: bool = False
     per_head: bool = True
 
 
 def signals(layout: Layout) -> dict[str, Signal]:
-    """The signals that these runs can be asked for."""
-    found = {"ours": Signal("ours", ours)}
+    """The signals that these runs can be asked for, ours first."""
+    found = {
+        "alerts": Signal("ours, as it comes", fixed=True),
+        "critical": Signal("ours, critical alone", fixed=True),
+        "ours": Signal("ours"),
+    }
     sets = {
         "papers": ("papers' pair: key incoherence, energy rank", ("key_incoherence", "energy_rank")),
         "logits": ("max logit, attention entropy", ("logit_max", "attention_entropy")),
@@ -236,7 +258,7 @@ class Scored:
         spec: the run.
         truth: what is broken in it.
         losses: [n] mean loss of every sample.
-        series: by signal; ours at each `false_alarm_every` of `NOMINAL` as "ours@N", for healthy runs.
+        series: by signal; of healthy runs also "alerts@N", the alerts at every `false_alarm_every` of `NOMINAL`.
     """
 
     spec: RunSpec
@@ -254,9 +276,10 @@ def score_run(folder: Path, name: str, past: Past) -> Scored:
         past: see `Past`.
     """
     run = load(folder, name)
-    series = {key: signal.score(run, past) for key, signal in signals(run.layout).items()}
+    series = ours(run, past)
+    series |= {key: one.score(run, past) for key, one in signals(run.layout).items() if one.score is not None}
     if run.spec.role == "healthy":
-        series |= {f"ours@{every:g}": ours(run, {}, every=every) for every in NOMINAL}
+        series |= {f"alerts@{every:g}": ours(run, {}, every=every)["alerts"] for every in NOMINAL}
     return Scored(run.spec, run.truth, run.by_sample(run.losses), series)
 
 

@@ -176,16 +176,17 @@ def diverged_at(loss: ArrayLike, twin: ArrayLike, onset: int) -> int | None:
     return None
 
 
-def false_rate(scores: Iterable[ArrayLike], threshold: float) -> tuple[int, int]:
+def false_rate(scores: Iterable[ArrayLike], threshold: float, *, quiet: int = QUIET) -> tuple[int, int]:
     """Alarms and samples of healthy runs; samples before anything could be judged count, as a user waits them out too.
 
     Args:
         scores: one series a run.
         threshold: as for `alarms`.
+        quiet: as for `alarms`.
     """
     count = samples = 0
     for score in scores:
-        count += len(alarms(score, threshold))
+        count += len(alarms(score, threshold, quiet=quiet))
         samples += len(np.asarray(score))
     return count, samples
 
