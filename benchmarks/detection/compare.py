@@ -2,7 +2,12 @@
 
 All adaptive signals go through the same detector, so that what is compared is what they measure: `ours` on the core
 statistics, the others on theirs; loss and gradient norm as a model of one head, judged by its own history. A score of
-1 is the detector's own threshold; thresholds at matched false alarms are chosen by report.py.
+1 is the detector's own threshold; thresholds at matched false alarms are chosen by evaluate.py.
+
+Of the peers, trainscope decides by the loss of every step alone, so that it is driven on the recorded losses exactly as
+it would be in training, once it is installed. pulsegrad can be driven in the same process and leaves training as it
+was, bit for bit (tried), but takes statistics of every module through hooks of every step, a third to a half of a step
+of these models: with it the bench would not end in time. It is not in the table.
 """
 
 from __future__ import annotations
