@@ -222,9 +222,9 @@ def matched_threshold(scores: Sequence[ArrayLike], per_thousand: float) -> float
 def roc(
     healthy: Sequence[ArrayLike], broken: Sequence[tuple[ArrayLike, Truth]], *, points: int = 60
 ) -> list[tuple[float, float, float]]:
-    """The trade between false alarms and faults found, as far down as a lower threshold still raises more alarms.
+    """The trade between false alarms and faults found, down to the threshold that raises the most false alarms.
 
-    Below that, stretches above the threshold run into one another, so that fewer of them are counted: not an operating
+    Below it, stretches above the threshold run into one another, so that fewer of them are counted: not an operating
     point that anyone could want.
 
     Args:
@@ -239,16 +239,14 @@ def roc(
     every = every[np.isfinite(every) & (every > 0)]
     if not len(every):
         return []
-    result, most = list[tuple[float, float, float]](), 0
-    for threshold in np.unique(np.quantile(every, 1 - np.geomspace(1e-5, 1, points)))[::-1]:
+    result = list[tuple[float, float, float]]()
+    for threshold in np.unique(np.quantile(every, 1 - np.geomspace(1e-5, 1, points))):
         count, samples = false_rate(healthy, float(threshold))
-        if count < most:
-            break
-        most = count
         found = sum(detect(score, [None] * len(np.asarray(score)), float(threshold), truth).found
                     for score, truth in broken)  # fmt: skip
         result.append((float(threshold), 1000 * count / max(samples, 1), found / max(len(broken), 1)))
-    return result[::-1]
+    most = max(range(len(result)), key=lambda at: (result[at][1], at))
+    return result[most:]
 
 
 @dataclass(frozen=True)
