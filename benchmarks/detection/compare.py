@@ -29,6 +29,7 @@ from incoherence_monitor.judge import Judge
 from incoherence_monitor.records import Alert, LayerInfo, Layout
 from incoherence_monitor.stats import DEFAULT_ALERTING, statistic
 from incoherence_monitor.sums import SampleSums
+from incoherence_monitor.vectors import EXCURSION_FROM
 
 from .plan import FORKED, RunSpec
 from .recorded import Recorded, load
@@ -61,8 +62,6 @@ class Replay:
         """Start before the first sample."""
         self._layout, self._judge = layout, Judge(config)
         self._kinds = [statistic(name).kind for name in layout.slices for _ in layout.heads(name)]
-        self._before: FloatArray | None = None
-        self._model_before: FloatArray | None = None
         self.score = list[float]()
         self.places = list[Place | None]()
         self.alerts = list[tuple[Alert, ...]]()
@@ -70,16 +69,14 @@ class Replay:
     def feed(self, logs: FloatArray) -> None:
         """Judge one sample, [S] log values.
 
-        Its score is the largest deviation seen on two samples in a row with one sign, over its threshold.
+        Its score is the largest evidence over its threshold, where the sample itself still departs to that side.
         """
         at, known = len(self.score), np.isfinite(logs)
         sums = SampleSums(self._layout, np.where(known, logs, 0), known.astype(np.float64), np.zeros(len(logs)), 0)
         judged = self._judge.judge(sums, step=at)
-        verdict, detector = judged.verdict, self._judge._detector
-        heads = _twice(verdict.deviation, self._before) / detector.threshold
-        model = _twice(verdict.model_deviation, self._model_before) / detector.model_threshold
-        self._before = _known(verdict.deviation, self._before)
-        self._model_before = _known(verdict.model_deviation, self._model_before)
+        verdict = judged.verdict
+        heads = _where_it_lasts(verdict.evidence, verdict.deviation)
+        model = _where_it_lasts(verdict.model_evidence, verdict.model_deviation)
         best, best_model = (float(np.nanmax(part)) if np.isfinite(part).any() else -math.inf for part in (heads, model))
         place: Place | None = None
         if best >= best_model and best > -math.inf:
@@ -117,17 +114,10 @@ def replayed(layout: Layout, logs: FloatArray, config: MonitorConfig, key: str, 
     return replay
 
 
-def _known(now: FloatArray, before: FloatArray | None) -> FloatArray:
-    return now if before is None else np.where(np.isfinite(now), now, before)
-
-
-def _twice(now: FloatArray, before: FloatArray | None) -> FloatArray:
-    """Size of a deviation that has been seen twice with one sign; 0 where the signs differ, NaN where not judged."""
-    if before is None:
-        return np.full(now.shape, np.nan)
-    with np.errstate(invalid="ignore"):
-        both = np.where(np.sign(now) == np.sign(before), np.minimum(np.abs(now), np.abs(before)), 0.0)
-    return np.where(np.isfinite(now) & np.isfinite(before), both, np.nan)
+def _where_it_lasts(evidence: FloatArray, deviation: FloatArray) -> FloatArray:
+    """Size of the evidence, 0 where this sample does not bear it out; NaN where not judged."""
+    same_side = np.nan_to_num(deviation * np.sign(evidence)) > EXCURSION_FROM
+    return np.where(np.isfinite(evidence), np.where(same_side, np.abs(evidence), 0.0), np.nan)
 
 
 def _logs(values: FloatArray) -> FloatArray:
