@@ -2,9 +2,9 @@
 
 Values are logarithms of statistics, so that a deviation is a relative change; time is counted in samples. The line is
 fitted by least squares over the samples held but the newest few, extrapolated with its slope halved, and its scale is
-the median absolute deviation of the residuals (DETECTION.md, "A detector that works").
+the median absolute residual (DETECTION.md, "A detector that works").
 
-Layer 2: imports records for array types.
+Layer 2: imports vectors, and records for array types.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .records import BoolArray, FloatArray, IntArray
+from .vectors import Vectors
+
+SingleArray = NDArray[np.float32]
 
 PREDICTS_FROM = 8
 """Samples from which a line is drawn at all, to see how well it predicts before anything is judged by it."""
@@ -21,9 +25,11 @@ NEWEST_LEFT_OUT = 4
 """Newest samples that do not enter the line, so that a slow drift does not teach the baseline at once."""
 ARMED_FROM = 24
 """Samples a baseline needs before anything may be judged by it."""
-SCALE_FLOOR = 0.02
+SCALE_FLOOR = 0.01
 """Least scale, in log units: whole-number statistics and constant ones would otherwise have none."""
 MAD_TO_SIGMA = 1.4826
+SLOPE_KEPT = 0.7
+"""Share of the slope by which a line is extrapolated: the trend of training flattens."""
 
 
 class Prediction(NamedTuple):
@@ -33,8 +39,8 @@ class Prediction(NamedTuple):
     scale: FloatArray
 
 
-class Baseline:
-    """The last clean samples of every stream, [S, C], oldest first, and the line through them."""
+class Baseline(Vectors):
+    """The last clean samples of every stream, [S, C], in a ring, and the line through them."""
 
     def __init__(self, streams: int, samples: int) -> None:
         """Start empty.
@@ -55,17 +61,27 @@ class Baseline:
             tick: number of this sample.
             keep: [S] which streams take it.
         """
-        capacity = self.values.shape[1]
-        full = keep & (self.count == capacity)
-        for held in (self.values, self.ticks):
-            held[full, :-1] = held[full, 1:]
-        at = np.minimum(self.count[keep], capacity - 1)
-        self.values[keep, at] = values[keep]
-        self.ticks[keep, at] = tick
-        self.count[keep] = at + 1
+        streams = np.flatnonzero(keep)
+        at = self.count[streams] % self.values.shape[1]
+        self.values[streams, at] = values[streams]
+        self.ticks[streams, at] = tick
+        self.count[streams] += 1
+
+    def forget(self, streams: BoolArray) -> None:
+        """Start these streams anew."""
+        self.count[streams] = 0
+
+    def lift(self, streams: BoolArray, offset: FloatArray) -> None:
+        """Take a new level for these streams as if it had always been theirs.
+
+        Args:
+            streams: [S] which.
+            offset: [S] by how much the level has moved, in log units.
+        """
+        self.values[streams] += offset[streams, None].astype(np.float32)
 
     def predict(self, tick: int) -> Prediction:
-        """Extrapolate every stream's line.
+        """Draw every stream's line and extrapolate it.
 
         Args:
             tick: number of the sample to predict.
@@ -73,28 +89,47 @@ class Baseline:
         Returns:
             Expected value and scale of a new value, both in log units.
         """
-        number = np.maximum(self.count - NEWEST_LEFT_OUT, 1)[:, None]
-        used = np.arange(self.values.shape[1]) < number
-        time = np.where(used, self.ticks, 0).astype(np.float64)
-        value = np.where(used, self.values, 0).astype(np.float64)
-        middle, mean = time.sum(1, keepdims=True) / number, value.sum(1, keepdims=True) / number
-        time, value = np.where(used, time - middle, 0), np.where(used, value - mean, 0)
-        spread = np.maximum((time**2).sum(1, keepdims=True), 1e-12)
-        slope = (time * value).sum(1, keepdims=True) / spread
-        residual = value - slope * time
-        centre = _median(residual, used, number)
-        mad = _median(np.abs(residual - centre), used, number)
-        ahead = 0.5 * (tick - middle)
-        factor = np.sqrt(1 + 1 / number + ahead**2 / spread)
+        streams, capacity = self.values.shape
+        value, scale = np.full(streams, np.nan), np.full(streams, np.nan)
         drawn = self.count >= PREDICTS_FROM
-        expected = np.where(drawn, (mean + slope * ahead)[:, 0], np.nan)
-        scale = np.where(drawn, (np.maximum(MAD_TO_SIGMA * mad, SCALE_FLOOR) * factor)[:, 0], np.nan)
-        return Prediction(expected, scale)
+        # Nearly all streams hold the same samples; those that do are fitted together, with one time axis.
+        signature = self._signatures()
+        for group in np.unique(signature[drawn]):
+            alike = drawn & (signature == group)
+            members = slice(None) if alike.all() else np.flatnonzero(alike)
+            first = int(np.argmax(alike))
+            positions = _used_positions(int(self.count[first]), capacity)
+            values = self.values[members][:, positions]
+            value[members], scale[members] = _fit(values, self.ticks[first, positions], tick)
+        return Prediction(value, scale)
+
+    def _signatures(self) -> IntArray:
+        """A number per stream [S], equal where streams hold the same samples at the same places."""
+        if (self.count == self.count[0]).all() and (self.ticks == self.ticks[0]).all():
+            return np.zeros(len(self.count), dtype=np.int64)
+        places = np.random.default_rng(0).integers(1, 2**40, self.ticks.shape[1])
+        held = np.arange(self.ticks.shape[1]) < self.count[:, None]
+        signature: IntArray = np.where(held, self.ticks, -1) @ places + self.count * 7_919
+        return signature
 
 
-def _median(values: FloatArray, used: BoolArray, number: IntArray) -> FloatArray:
-    """Median of the used entries of each row, [S, 1]."""
-    ordered = np.sort(np.where(used, values, np.inf), axis=1)
-    low = np.take_along_axis(ordered, (number - 1) // 2, axis=1)
-    middle: FloatArray = (low + np.take_along_axis(ordered, number // 2, axis=1)) / 2
-    return middle
+def _used_positions(count: int, capacity: int) -> IntArray:
+    """Places in the ring of the samples that the line is drawn through, oldest first."""
+    return np.arange(max(0, count - capacity), max(count - NEWEST_LEFT_OUT, 1), dtype=np.int64) % capacity
+
+
+def _fit(values: SingleArray, ticks: NDArray[np.int32], tick: int) -> tuple[FloatArray, FloatArray]:
+    """Expected value and scale [S] of lines through values [S, n] at ticks [n]."""
+    number = len(ticks)
+    middle = float(ticks.mean())
+    time = (ticks - middle).astype(np.float32)
+    squares = max(float((time.astype(np.float64) ** 2).sum()), 1e-12)
+    mean = values.mean(axis=1, dtype=np.float64)
+    residual = values - mean[:, None].astype(np.float32)
+    slope = (residual @ time).astype(np.float64) / squares
+    residual -= slope[:, None].astype(np.float32) * time
+    ordered = np.sort(np.abs(residual), axis=1)
+    median = (ordered[:, (number - 1) // 2].astype(np.float64) + ordered[:, number // 2]) / 2
+    ahead = SLOPE_KEPT * (tick - middle)
+    factor = np.sqrt(1 + 1 / number + ahead**2 / squares)
+    return mean + slope * ahead, np.maximum(MAD_TO_SIGMA * median, SCALE_FLOOR) * factor

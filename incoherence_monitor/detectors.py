@@ -1,18 +1,22 @@
 """The detector: which streams have left their own past, compared with what all heads do together.
 
-From one sample of log statistics [S] to a `Verdict`. Two adaptive rules (DETECTION.md, "A detector that works"):
+From one sample of log statistics [S] to a `Verdict`. Two adaptive rules (DETECTION.md, "A detector that works", and
+docs/detection.md for what was tried):
 
 - **cohort-relative**: a head's departure from its baseline less the median departure of its cohort, in units of both
   scales together. It takes out what all heads do at once: learning rate, data, early training.
 - **model-wide**: the median over heads of each head's departure from its own baseline.
 
-Both need two samples in a row of one sign. A sample beyond its threshold does not enter the baseline.
+Departures add up to **evidence**, a running mean over the last few samples. A family is one statistic of one cohort;
+its threshold is a multiple of what its largest evidence usually is in this run, so it rises with the number of heads
+and with how heavy tails are, and the multiple is what `false_alarm_every` sets. A sample far out does not enter its
+baseline, nor does one of a stream under alarm.
 
 A rule judges a stream only once the baseline has earned it: it must hold enough samples, and its own recent forecasts
 must have been about as good as its scale claims. Early in training, statistics bend faster than any line; a baseline
 that is armed by count alone then cries wolf, and one that is armed by its record waits until the bend is over.
 
-Layer 2: imports baseline (the one sideways edge), config, records and stats.
+Layer 2: imports baseline and vectors (the sideways edges), config and records.
 """
 
 from __future__ import annotations
@@ -21,22 +25,26 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import torch
 
-from .baseline import ARMED_FROM, MAD_TO_SIGMA, Baseline
+from .baseline import ARMED_FROM, MAD_TO_SIGMA, Baseline, Prediction
 from .config import MonitorConfig
 from .records import BoolArray, FloatArray, IntArray, Layout, Verdict
+from .vectors import EXCURSION_FROM, Evidence, Levels, Trust, Vectors
 
-SAMPLES_IN_A_ROW = 2
 SMALL_COHORT = 8
 """Below this many heads there is no cohort to compare with: a head is judged by its own past alone."""
-SMALL_COHORT_FACTOR = 2.5
-"""Own-history rules need thresholds of 9 to 17 (DETECTION.md), since all heads move together early in training."""
-TRUSTED_BELOW = 1.0
-"""Running mean of absolute deviations at which a baseline is trusted; 0.8 is what normal noise gives."""
-FIRST_DOUBT, LARGEST_DOUBT, DOUBT_RATE = 3.0, 10.0, 0.1
-EXCURSION_FROM = 2.0
-"""Deviation from which an excursion counts as begun, for the estimate of its onset."""
+COHORT_SPREAD = 3.0
+"""How much the present spread of a cohort counts for in the scale of its heads' deviations."""
+TAIL_START, TAIL_RATE = 0.1, 0.46
+"""The largest evidence of a family of n streams passes start + rate * log(N) / q(n) times its usual value once in N
+samples of a healthy run, q being the normal quantile: the maximum of many varies less, in proportion, than of few.
+Heads reorganise in healthy runs too, so the tail is that of an exponential, not of noise (docs/detection.md)."""
+MODEL_TAIL_START, MODEL_TAIL_RATE = 1.2, 0.1
+"""The same for the median over all heads, in plain deviations."""
+PRIOR_LEVEL = 0.6
+"""First guess of a family's usual largest evidence, in units of the normal quantile of its number of heads."""
+LEARNED_BELOW = 5.0
+"""Deviation beyond which a sample does not enter its baseline, whatever the evidence."""
 
 
 def normal_threshold(tests_per_false_alarm: float) -> float:
@@ -44,80 +52,8 @@ def normal_threshold(tests_per_false_alarm: float) -> float:
     return NormalDist().inv_cdf(1 - 0.5 / max(tests_per_false_alarm, 2.0))
 
 
-def student_threshold(tests_per_false_alarm: float, freedom: int) -> float:
-    """Two-sided threshold that Student noise crosses once in so many tests.
-
-    The expansion of Cornish and Fisher in the normal quantile, to second order.
-
-    Args:
-        tests_per_false_alarm: mean number of tests between crossings.
-        freedom: degrees of freedom, well above 4.
-    """
-    z = normal_threshold(tests_per_false_alarm)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return z + first / freedom + second / freedom**2
-
-
-class _Vectors:
-    """A few arrays of equal length that are saved, restored and rearranged together."""
-
-    def remap(self, positions: IntArray, fresh: _Vectors) -> None:
-        """Move the entries at `positions` (-1: none) to a new arrangement, the others as in `fresh`."""
-        kept = positions >= 0
-        for name, values in vars(fresh).items():
-            values[kept] = getattr(self, name)[positions[kept]]
-        vars(self).update(vars(fresh))
-
-    def reset(self, where: BoolArray, fresh: _Vectors) -> None:
-        """Start anew at some places, as in `fresh`."""
-        for name, values in vars(fresh).items():
-            setattr(self, name, np.where(where, values, getattr(self, name)))
-
-
-class _Trust(_Vectors):
-    """Whether forecasts have been good enough to judge by; once earned, it stays."""
-
-    def __init__(self, size: int) -> None:
-        self.doubt = np.full(size, FIRST_DOUBT)
-        self.earned = np.zeros(size, dtype=bool)
-
-    def update(self, deviation: FloatArray, eligible: BoolArray) -> BoolArray:
-        """Take one sample's deviations; returns which streams had earned trust before it."""
-        before: BoolArray = self.earned.copy()
-        known = np.isfinite(deviation)
-        size = np.minimum(np.abs(np.where(known, deviation, 0)), LARGEST_DOUBT)
-        self.doubt = np.where(known, (1 - DOUBT_RATE) * self.doubt + DOUBT_RATE * size, self.doubt)
-        self.earned |= known & eligible & (self.doubt < TRUSTED_BELOW)
-        return before
-
-
-class _Runs(_Vectors):
-    """Samples in a row beyond a threshold with one sign, and where the present excursion began."""
-
-    def __init__(self, size: int) -> None:
-        self.run = np.zeros(size, dtype=np.int64)
-        self.side = np.zeros(size, dtype=np.int64)
-        self.since = np.full(size, -1, dtype=np.int64)
-
-    def update(self, deviation: FloatArray, threshold: FloatArray, step: int) -> tuple[BoolArray, BoolArray]:
-        """Take one sample; NaN leaves a stream as it was. Returns (beyond, alarm)."""
-        known = np.isfinite(deviation)
-        sign = np.sign(np.where(known, deviation, 0)).astype(np.int64)
-        size = np.abs(np.where(known, deviation, 0))
-        beyond = known & (size > threshold)
-        self.run = np.where(
-            known, np.where(beyond, np.where(sign == np.sign(self.run), self.run, 0) + sign, 0), self.run
-        )
-        outside = size > EXCURSION_FROM
-        goes_on = outside & (sign == self.side)
-        self.since = np.where(known, np.where(goes_on, self.since, np.where(outside, step, -1)), self.since)
-        self.side = np.where(known, np.where(outside, sign, 0), self.side)
-        return beyond, beyond & (np.abs(self.run) >= SAMPLES_IN_A_ROW)
-
-
 class DriftDetector:
-    """Baselines and rules for every stream of a layout. Vectorised; about 370 bytes a stream."""
+    """Baselines and rules for every stream of a layout. Vectorised; about 380 bytes a stream."""
 
     def __init__(self, layout: Layout, config: MonitorConfig) -> None:
         """Start with empty baselines.
@@ -128,11 +64,13 @@ class DriftDetector:
         """
         self.config = config
         self.baseline = Baseline(layout.size, config.baseline_samples)
-        self.runs = _Runs(layout.size)
-        self.model_runs = _Runs(len(layout.statistics))
-        self.trust = _Trust(layout.size)
-        self.model_trust = _Trust(len(layout.statistics))
+        self.evidence = Evidence(layout.size)
+        self.trust = Trust(layout.size)
+        self.model_evidence = Evidence(len(layout.statistics))
+        self.model_trust = Trust(len(layout.statistics))
+        self._forecast: tuple[int, Prediction] | None = None
         self._arrange(layout)
+        self.levels = Levels(self._prior)
 
     def _arrange(self, layout: Layout) -> None:
         self.layout = layout
@@ -149,19 +87,30 @@ class DriftDetector:
                 self.judged &= ~(leverage & (layout.stream_layer == layer_at))
         names = np.array([f"{layer.cohort}/{layer.head_dim}" for layer in layout.layers], dtype=object)
         cohort = names[layout.stream_layer] if layout.layers else np.array([], dtype=object)
-        self._cohorts: list[IntArray] = []
+        self._families: list[IntArray] = []
         for name in alerting:
             part = layout.slices[name]
             inside = np.arange(part.start, part.stop)
             inside = inside[self.judged[inside]]
-            self._cohorts += [inside[cohort[inside] == label] for label in sorted(set(cohort[inside]))]
-        tests = self.config.false_alarm_every * max(1, int(self.judged.sum()))
-        self.threshold = np.full(layout.size, student_threshold(tests, self.config.baseline_samples))
-        for members in self._cohorts:
-            if len(members) < SMALL_COHORT:
-                self.threshold[members] *= SMALL_COHORT_FACTOR
-        model_tests = self.config.false_alarm_every * max(1, len(alerting))
-        self.model_threshold = np.full(len(layout.statistics), normal_threshold(model_tests))
+            self._families += [inside[cohort[inside] == label] for label in sorted(set(cohort[inside]))]
+        quantile = np.array([normal_threshold(max(2, len(members))) for members in self._families])
+        self._prior = PRIOR_LEVEL * quantile
+        every = self.config.false_alarm_every
+        self._tail = TAIL_START + TAIL_RATE * np.log(every * max(1, len(quantile))) / quantile
+        self.model_threshold = MODEL_TAIL_START + MODEL_TAIL_RATE * float(np.log(every))
+
+    @property
+    def threshold(self) -> FloatArray:
+        """Evidence beyond which a stream is under alarm, [S]; infinite where nothing is judged."""
+        result = np.full(self.layout.size, np.inf)
+        for members, limit in zip(self._families, self.levels.level * self._tail, strict=True):
+            result[members] = limit
+        return result
+
+    def prepare(self, tick: int) -> None:
+        """Draw the lines for a sample before it comes, which is most of the cost of judging it."""
+        if self._forecast is None or self._forecast[0] != tick:
+            self._forecast = (tick, self.baseline.predict(tick))
 
     def judge(self, log_values: FloatArray, *, tick: int, step: int) -> Verdict:
         """Judge one sample and let its unflagged part into the baseline.
@@ -174,60 +123,76 @@ class DriftDetector:
         Returns:
             The verdict.
         """
-        expected, scale = self.baseline.predict(tick)
+        self.prepare(tick)
+        assert self._forecast is not None
+        expected, scale = self._forecast[1]
         known = np.isfinite(log_values)
         residual = np.where(known & self.judged, log_values, np.nan) - expected
         own = residual / scale
-        deviation = self._against_cohort(residual, own, scale)
-        enough = self.judged & (self.baseline.count >= ARMED_FROM)
+        deviation = self._against_cohort(residual, scale)
+        enough = self.judged & (np.minimum(self.baseline.count, self.config.baseline_samples) >= ARMED_FROM)
         armed = self.trust.update(deviation, enough)
         deviation[~armed] = np.nan
-        beyond, alarm = self.runs.update(deviation, self.threshold, step)
+        threshold = self.threshold
+        evidence = self.evidence.update(deviation, step, threshold=threshold)
+        size = np.nan_to_num(np.abs(evidence))
+        beyond = size > threshold
+        self.levels.update(self._largest(evidence))
 
         model_deviation = self._of_the_model(own)
-        model_enough = np.array(
-            [
-                bool(enough[part][self.judged[part]].mean() >= 0.5) if self.judged[part].any() else False
-                for part in self.layout.slices.values()
-            ]
-        )
-        model_deviation[~self.model_trust.update(model_deviation, model_enough)] = np.nan
-        model_beyond, model_alarm = self.model_runs.update(model_deviation, self.model_threshold, step)
+        model_deviation[~self.model_trust.update(model_deviation, self._mostly(enough))] = np.nan
+        model_evidence = self.model_evidence.update(model_deviation, step, threshold=self.model_threshold)
+        model_size = np.nan_to_num(np.abs(model_evidence))
+        model_beyond = model_size > self.model_threshold
 
-        flagged = beyond.copy()
-        for at, name in enumerate(self.layout.statistics):
-            if model_beyond[at]:
-                flagged[self.layout.slices[name]] = True
+        flagged = beyond | (np.nan_to_num(np.abs(deviation)) > LEARNED_BELOW)
+        for part, moved in zip(self.layout.slices.values(), model_beyond, strict=True):
+            flagged[part] |= moved
         self.baseline.push(log_values, tick, self.judged & known & ~flagged)
+        self._forecast = None
         # Statistics that a layer has never had, as values out of reach, wait for nothing.
         heard = self.judged & (self.baseline.count > 0)
-        size, model_size = np.nan_to_num(np.abs(deviation)), np.nan_to_num(np.abs(model_deviation))
         return Verdict(
             expected=np.exp(expected),
             deviation=deviation,
-            alarm=alarm,
-            restless=size > self.threshold / 2,
-            since=self.runs.since,
+            evidence=evidence / threshold,
+            alarm=beyond & _outside(deviation, evidence),
+            restless=size > threshold / 2,
+            since=self.evidence.since,
             armed=armed,
             armed_share=float(armed[heard].mean()) if heard.any() else 0.0,
             model_deviation=model_deviation,
-            model_alarm=model_alarm,
+            model_evidence=model_evidence / self.model_threshold,
+            model_alarm=model_beyond & _outside(model_deviation, model_evidence),
             model_restless=model_size > self.model_threshold / 2,
-            model_since=self.model_runs.since,
+            model_since=self.model_evidence.since,
         )
 
-    def _against_cohort(self, residual: FloatArray, own: FloatArray, scale: FloatArray) -> FloatArray:
+    def _against_cohort(self, residual: FloatArray, scale: FloatArray) -> FloatArray:
         """Departure of every stream from its cohort's, in units of both scales together; [S]."""
         deviation = np.full(self.layout.size, np.nan)
-        for members in self._cohorts:
-            ready = members[np.isfinite(own[members])]
-            if len(members) < SMALL_COHORT:
-                deviation[ready] = own[ready]
-            elif len(ready) >= SMALL_COHORT:
-                apart = residual[ready] - np.median(residual[ready])
-                spread = MAD_TO_SIGMA * np.median(np.abs(apart))
-                deviation[ready] = apart / np.sqrt(scale[ready] ** 2 + spread**2)
+        for members in self._families:
+            ready = members[np.isfinite(residual[members])]
+            apart, wide = residual[ready], 0.0
+            if len(ready) >= SMALL_COHORT:
+                apart = apart - np.median(apart)
+                # Where heads drift apart from each other more widely, each of them counts for less.
+                wide = COHORT_SPREAD * MAD_TO_SIGMA * float(np.median(np.abs(apart)))
+            elif len(members) >= SMALL_COHORT:
+                continue
+            deviation[ready] = apart / np.sqrt(scale[ready] ** 2 + wide**2)
         return deviation
+
+    def _largest(self, evidence: FloatArray) -> FloatArray:
+        """Largest evidence of each family, [F]; NaN where none of its streams is judged."""
+        size = np.abs(evidence)
+        largest = np.array([np.max(size[m], initial=-1.0, where=np.isfinite(size[m])) for m in self._families])
+        return np.where(largest < 0, np.nan, largest)
+
+    def _mostly(self, enough: BoolArray) -> BoolArray:
+        """Whether at least half of a statistic's judged streams have a baseline that is long enough, [M]."""
+        parts = [enough[part][self.judged[part]] for part in self.layout.slices.values()]
+        return np.array([bool(part.mean() >= 0.5) if len(part) else False for part in parts])
 
     def _of_the_model(self, own: FloatArray) -> FloatArray:
         """Median over heads of each head's departure from its own baseline, by statistic; [M]."""
@@ -239,49 +204,53 @@ class DriftDetector:
         return result
 
     def relearn(self, streams: BoolArray) -> None:
-        """Forget the baseline, trust and excursions of some streams: they arm again from new samples.
+        """Forget the baseline, trust and evidence of some streams: they arm again from new samples.
 
         Args:
             streams: [S] which ones; a statistic of which all judged streams are among them starts anew model-wide too.
         """
-        self.baseline.count = np.where(streams, 0, self.baseline.count)
-        self.runs.reset(streams, _Runs(self.layout.size))
-        self.trust.reset(streams, _Trust(self.layout.size))
+        self.baseline.forget(streams)
+        self.trust.reset(streams, Trust(self.layout.size))
+        self.evidence.reset(streams, Evidence(self.layout.size))
         parts = self.layout.slices.values()
         whole = np.array([streams[part].any() and bool(streams[part][self.judged[part]].all()) for part in parts])
-        self.model_runs.reset(whole, _Runs(len(self.layout.statistics)))
-        self.model_trust.reset(whole, _Trust(len(self.layout.statistics)))
+        self.model_evidence.reset(whole, Evidence(len(self.layout.statistics)))
+        self.model_trust.reset(whole, Trust(len(self.layout.statistics)))
+        self._forecast = None
 
     def grow(self, layout: Layout) -> None:
         """Take over a layout with more layers; the streams known before keep their state."""
         positions = layout.positions_in(self.layout)
-        kept = positions >= 0
-        fresh = Baseline(layout.size, self.config.baseline_samples)
-        for name in ("values", "ticks", "count"):
-            getattr(fresh, name)[kept] = getattr(self.baseline, name)[positions[kept]]
-        self.baseline = fresh
-        self.runs.remap(positions, _Runs(layout.size))
-        self.trust.remap(positions, _Trust(layout.size))
+        self.baseline.remap(positions, Baseline(layout.size, self.config.baseline_samples))
+        self.evidence.remap(positions, Evidence(layout.size))
+        self.trust.remap(positions, Trust(layout.size))
+        self._forecast = None
         self._arrange(layout)
+        if len(self._prior) != len(self.levels.level):
+            self.levels = Levels(self._prior)
 
-    def _parts(self) -> dict[str, Baseline | _Vectors]:
+    def _parts(self) -> dict[str, Baseline | Vectors]:
         return {
             "baseline": self.baseline,
-            "runs": self.runs,
-            "model_runs": self.model_runs,
+            "evidence": self.evidence,
+            "model_evidence": self.model_evidence,
             "trust": self.trust,
             "model_trust": self.model_trust,
+            "levels": self.levels,
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a later judgement depends on, as tensors."""
-        return {
-            name: {key: torch.from_numpy(value.copy()) for key, value in vars(part).items()}
-            for name, part in self._parts().items()
-        }
+        return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned for the same layout and baseline length."""
+        self._forecast = None
         for name, part in self._parts().items():
-            for key, value in state[name].items():
-                setattr(part, key, value.numpy().copy())
+            part.load_state_dict(state[name])
+
+
+def _outside(deviation: FloatArray, evidence: FloatArray) -> BoolArray:
+    """Whether the newest sample itself still departs to the side of the evidence."""
+    same_side: BoolArray = np.nan_to_num(deviation * np.sign(evidence)) > EXCURSION_FROM
+    return same_side

@@ -116,14 +116,20 @@ class Judge:
             self._settling.remap(positions)
             self._detector.grow(layout)
             self.book.grow(layout)
-        if layout != self.layout:
+        shift = layout.slices.get("shift_residual")
+        # Runs recorded before there was one have none.
+        if layout != self.layout and shift is not None:
             # Of a layer that is as it was, an accepted bound stays.
             before = () if self.layout is None else self.layout.layers
             same = {(layer.name, layer.shift_bound) for layer in before}
             kept = [(layer.name, layer.shift_bound) in same for layer in layout.layers for _ in range(layer.key_heads)]
-            shift = layout.slices["shift_residual"]
             self._bound[shift] = np.where(kept, self._bound[shift], _shift_bounds(layout))
         self.layout = layout
+
+    def prepare(self) -> None:
+        """Work out ahead, on any thread, what can be known of the next sample; nothing but the cost depends on it."""
+        if self.layout is not None:
+            self._detector.prepare(self.tick)
 
     def judge(self, sums: SampleSums, *, step: int, commands: Sequence[Command] = ()) -> JudgedSample:
         """Judge one sample, the same on every rank.
@@ -208,7 +214,9 @@ class Judge:
         self._detector.relearn(streams)
         # Where no bound of the shift residual holds, none is made.
         for name, least in (("energy_scale", RUNAWAY_LOGITS), ("shift_residual", _shift_bounds(self.layout))):
-            part = self.layout.slices[name]
+            part = self.layout.slices.get(name)
+            if part is None:
+                continue
             bound = np.maximum(least, OVER_ACCEPTED * np.nan_to_num(values[part]))
             self._bound[part] = np.where(streams[part], bound, self._bound[part])
         message = f"Accepted as it is: {command.words()}; {len(events)} open alerts are over."

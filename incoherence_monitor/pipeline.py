@@ -181,11 +181,16 @@ class Pipeline:
         if self._worker is None:
             self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="incoherence_monitor")
         try:
-            future = self._worker.submit(self._sampler.seal())
+            future = self._worker.submit(self._host_phase, self._sampler.seal())
         except Exception as error:  # Pending all the same: a rank that failed still enters the collective.
             future = Future()
             future.set_exception(error)
         self._pending = (step, future)
+
+    def _host_phase(self, summarise: Callable[[], SampleSums]) -> SampleSums:
+        """On the worker; until it has ended nobody else touches the judge."""
+        self._reporter.guard("preparing to judge", self.judge.prepare)
+        return summarise()
 
     def take_up(self) -> None:
         """Judge the sample that waits, if any. Every rank enters at the same step."""

@@ -273,12 +273,14 @@ class Verdict:
     Attributes:
         expected: [S] the baseline's prediction, in the statistic's unit; NaN where there is none yet.
         deviation: [S] distance from the cohort in robust standard deviations, signed; NaN where not judged.
-        alarm: [S] beyond the threshold on two samples in a row, same sign.
+        evidence: [S] running mean of the deviation, signed, in units of its threshold; NaN where not judged.
+        alarm: [S] the evidence is beyond its threshold, and this sample departs to the same side.
         restless: [S] beyond half the threshold: an open episode stays open.
         since: [S] step at which the present excursion began; -1 where there is none.
         armed: [S] the baseline has earned judgement.
         armed_share: share of the judged streams that have had values which are armed.
         model_deviation: [M] median over heads of each head's deviation from its own history; NaN where not judged.
+        model_evidence: [M] as `evidence`, for the whole model.
         model_alarm: [M] as `alarm`, for the whole model.
         model_restless: [M] as `restless`.
         model_since: [M] as `since`.
@@ -286,12 +288,14 @@ class Verdict:
 
     expected: FloatArray
     deviation: FloatArray
+    evidence: FloatArray
     alarm: BoolArray
     restless: BoolArray
     since: IntArray
     armed: BoolArray
     armed_share: float
     model_deviation: FloatArray
+    model_evidence: FloatArray
     model_alarm: BoolArray
     model_restless: BoolArray
     model_since: IntArray

@@ -15,7 +15,7 @@ PACKAGE = Path(incoherence_monitor.__file__).parent
 LAYERS = [
     {"errors", "reporting", "coverage"},
     {"ops"},
-    {"stats", "config", "probe", "records", "messages", "baseline", "detectors", "findings", "alerts"}
+    {"stats", "config", "probe", "records", "messages", "vectors", "baseline", "detectors", "findings", "alerts"}
     | {"commands", "causes", "episodes", "loss"},
     {"windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "history", "judge", "figures", "inbox"},
@@ -27,8 +27,9 @@ SIDEWAYS = {
     "config": {"probe", "stats"},
     "records": {"stats"},
     "messages": {"records", "stats"},
-    "baseline": {"records"},
-    "detectors": {"baseline", "config", "records", "stats"},
+    "vectors": {"records"},
+    "baseline": {"records", "vectors"},
+    "detectors": {"baseline", "config", "records", "vectors"},
     "findings": {"records", "stats"},
     "commands": {"config", "records", "stats"},
     "causes": {"findings", "records", "stats"},

@@ -1,0 +1,109 @@
+"""Harmless events: what happens in healthy trainings and must raise no alarm. Forked and followed like faults."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .training import FORK_STEP, LAST_SHARE, STEPS, WARMUP, Injector, Training, schedule
+
+FOLLOWED = 120
+"""Steps for which an event is followed: 24 samples."""
+EVALUATION_AFTER, EVALUATION_BATCHES = 50, 50
+RESUME_AFTER = 60
+
+
+@dataclass(frozen=True)
+class Event:
+    """One kind of harmless event.
+
+    Attributes:
+        name: its name.
+        doc: what happens.
+        split: "tune" or "held-out" kind; all run on held-out seeds.
+        make: builds the injector.
+        resume_after: steps after which the monitor is stopped and resumed from its state; 0: never.
+    """
+
+    name: str
+    doc: str
+    split: str
+    make: Callable[[Training], Injector]
+    resume_after: int = 0
+
+
+class _Change(Injector):
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
+
+    def start(self) -> None:
+        self._action()
+
+
+class _Rate(Injector):
+    def __init__(self, factor: float) -> None:
+        self.rate = factor
+
+
+class _Evaluation(Injector):
+    def __init__(self, training: Training) -> None:
+        self._training, self._age = training, 0
+
+    def after_update(self, step: int) -> None:
+        self._age += 1
+        if self._age == EVALUATION_AFTER:
+            model, generator = self._training.model, torch.Generator().manual_seed(1)
+            model.eval()
+            with torch.no_grad():
+                for _ in range(EVALUATION_BATCHES):
+                    model(input_ids=torch.randint(0, 256, (8, 128), generator=generator), use_cache=False)
+            model.train()
+
+
+def _new_data(training: Training) -> Injector:
+    def change() -> None:
+        training.batches.text = training.kind.other_text
+
+    return _Change(change)
+
+
+def _warm_restart(training: Training) -> Injector:
+    def change() -> None:
+        training.schedule = lambda step: (
+            schedule(step - FORK_STEP)
+            if step < FORK_STEP + WARMUP
+            else LAST_SHARE
+            + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * (step - FORK_STEP - WARMUP) / (STEPS - FORK_STEP)))
+        )
+
+    return _Change(change)
+
+
+def _batch(size: int) -> Callable[[Training], Injector]:
+    def make(training: Training) -> Injector:
+        return _Change(lambda: setattr(training.batches, "batch", size))
+
+    return make
+
+
+def _longer(training: Training) -> Injector:
+    return _Change(lambda: setattr(training.batches, "length", 256))
+
+
+EVENTS: tuple[Event, ...] = (
+    Event("new_data", "another text from here on", "tune", _new_data),
+    Event("rate_x0.3", "the learning rate steps to 0.3 of the schedule", "tune", lambda training: _Rate(0.3)),
+    Event("rate_x2", "the learning rate steps to twice the schedule", "held-out", lambda training: _Rate(2.0)),
+    Event("warm_restart", "warm-up to the peak and decay once more", "held-out", _warm_restart),
+    Event("batch_4", "batch size 8 becomes 4", "tune", _batch(4)),
+    Event("batch_16", "batch size 8 becomes 16", "held-out", _batch(16)),
+    Event("length_256", "sequences of 128 become 256 tokens, windows stay 128", "held-out", _longer),
+    Event("evaluation", "50 batches of evaluation between two steps", "tune", _Evaluation),
+    Event("resume", "the monitor is stopped and resumed from its state", "held-out", lambda training: Injector(),
+          resume_after=RESUME_AFTER),
+)  # fmt: skip
+
+BY_NAME: dict[str, Event] = {event.name: event for event in EVENTS}

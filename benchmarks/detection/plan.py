@@ -1,0 +1,210 @@
+"""The list of all runs, their split, and what they will cost. Deterministic: the same list on every machine.
+
+Healthy runs first, then one-head faults, then the rest, interleaved so that every prefix holds all kinds and models.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from .events import EVENTS, FOLLOWED, Event
+from .faults import EARLY_STEP, FAULTS, FaultKind, Scope
+from .models import KINDS
+from .training import FORK_STEP, STEPS
+
+Split = Literal["tune", "held-out"]
+Role = Literal["base", "healthy", "fault", "event"]
+BASE_STEPS = 400
+FORKED = ("fault", "event")
+"""Roles that begin from a snapshot of a healthy run."""
+HEALTHY: dict[Split, dict[str, int]] = {
+    "tune": {"learned": 7, "gqa": 4, "qknorm": 5, "sliding": 3, "large": 2, "lora": 3},
+    "held-out": {"learned": 10, "gqa": 6, "qknorm": 8, "sliding": 5, "large": 3, "lora": 4},
+}
+FIRST_SEED: dict[Split, int] = {"tune": 0, "held-out": 1000}
+BASES: dict[Split, int] = {"tune": 1, "held-out": 2}
+SHARE: dict[str, float] = {"learned": 4, "gqa": 2.5, "qknorm": 3, "sliding": 2, "large": 1, "lora": 1.5}
+"""How often faults fall to each kind of model: the cheap ones more often."""
+ONE_HEAD_REPEATS = {"plain": 3, "subtle": 2}
+"""Runs of every severity of a fault of one head, each on another kind of model."""
+KERNEL_REPEATS: dict[tuple[Split, Scope], int] = {
+    ("tune", "all"): 1, ("tune", "layer"): 1, ("held-out", "all"): 2, ("held-out", "layer"): 1,
+}  # fmt: skip
+ORGANIC: dict[Split, int] = {"tune": 4, "held-out": 9}
+EVENT_REPEATS = 4
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run.
+
+    Attributes:
+        name: its folder.
+        role: what it is.
+        model: kind of model.
+        seed: of the run it comes from.
+        rate: peak learning rate.
+        split: "tune" or "held-out".
+        parent: the healthy run it is forked from, or the base that "lora" adapts.
+        what: name of the fault or event.
+        severity: of the fault.
+        scope: of the fault.
+        heads: (layer, head) it is injected to.
+        start: first step.
+        steps: number of steps.
+        snapshots: steps at which a healthy run is saved.
+    """
+
+    name: str
+    role: Role
+    model: str
+    seed: int
+    rate: float
+    split: Split
+    parent: str = ""
+    what: str = ""
+    severity: float = 0.0
+    scope: str = ""
+    heads: tuple[tuple[int, int], ...] = ()
+    start: int = 0
+    steps: int = STEPS
+    snapshots: tuple[int, ...] = field(default=())
+
+    @property
+    def seconds(self) -> float:
+        """Estimated seconds on an idle core."""
+        size = 2.0 if self.what in ("batch_16", "length_256") else 1.0
+        return self.steps * size * KINDS[self.model].step_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def _healthy() -> tuple[list[RunSpec], list[RunSpec]]:
+    bases, runs = [], []
+    for split, counts in HEALTHY.items():
+        for at in range(BASES[split]):
+            seed = FIRST_SEED[split] + 900 + at
+            bases.append(RunSpec(f"base-{seed}", "base", "lora", seed, 2e-3, split, steps=BASE_STEPS))
+        for model, count in counts.items():
+            for at in range(count):
+                seed = FIRST_SEED[split] + at
+                rate = KINDS[model].learning_rates[at % 3]
+                parent = f"base-{FIRST_SEED[split] + 900 + at % BASES[split]}" if model == "lora" else ""
+                name = f"healthy-{model}-{seed:04d}"
+                runs.append(
+                    RunSpec(name, "healthy", model, seed, rate, split, parent, snapshots=(EARLY_STEP, FORK_STEP))
+                )
+    return bases, runs
+
+
+class _Forks:
+    """Hands out models, healthy runs and heads evenly, by a generator of its own."""
+
+    def __init__(self, healthy: list[RunSpec], split: Split) -> None:
+        self._random = random.Random(f"forks of {split}")
+        self._parents = {
+            model: [run for run in healthy if run.model == model and run.split == split] for model in KINDS
+        }
+        self._taken: Counter[str] = Counter()
+        self._by_fault: Counter[tuple[str, str]] = Counter()
+
+    def model(self, allowed: tuple[str, ...], what: str) -> str:
+        """The kind that this fault has seen least, and of those the one furthest behind its share."""
+
+        def behind(name: str) -> tuple[int, float, float]:
+            return self._by_fault[what, name], (self._taken[name] + 1) / SHARE[name], self._random.random()
+
+        model = min(allowed, key=behind)
+        self._by_fault[what, model] += 1
+        self._taken[model] += 1
+        return model
+
+    def parent(self, model: str) -> RunSpec:
+        """A healthy run of this kind."""
+        return self._random.choice(self._parents[model])
+
+    def fault(self, fault: FaultKind, severity: float, scope: Scope) -> RunSpec:
+        """One run of a fault."""
+        parent = self.parent(self.model(fault.models, fault.name))
+        kind = KINDS[parent.model]
+        number = kind.query_heads if fault.by_query_head else kind.key_heads
+        layer, head = self._random.randrange(kind.layers), self._random.randrange(number)
+        layers = range(kind.layers) if scope == "all" else (layer,)
+        heads = tuple((at, one) for at in layers for one in (range(number) if scope != "one" else (head,)))
+        where = {"one": f"L{layer}H{head}", "layer": f"L{layer}", "all": "all"}[scope]
+        name = f"fault-{fault.name}-{severity:g}-{where}-{parent.model}-{parent.seed:04d}"
+        return RunSpec(name, "fault", parent.model, parent.seed, parent.rate, parent.split, parent.name, fault.name,
+                       severity, scope, heads, fault.start, fault.followed(scope))  # fmt: skip
+
+    def event(self, event: Event) -> RunSpec:
+        """One run of a harmless event."""
+        parent = self.parent(self.model(tuple(KINDS), event.name))
+        name = f"event-{event.name}-{parent.model}-{parent.seed:04d}"
+        return RunSpec(name, "event", parent.model, parent.seed, parent.rate, parent.split, parent.name, event.name,
+                       start=FORK_STEP, steps=FOLLOWED)  # fmt: skip
+
+
+def _forks(healthy: list[RunSpec], split: Split) -> dict[str, list[RunSpec]]:
+    forks = _Forks(healthy, split)
+    groups: dict[str, list[RunSpec]] = {"one": [], "wide": [], "kernel": [], "organic": [], "event": []}
+    for fault in FAULTS:
+        if split == "tune" and fault.split != "tune":
+            continue
+        if fault.name == "organic_rate_ramp":
+            values = fault.severities
+            groups["organic"] += [forks.fault(fault, values[at % len(values)], "all") for at in range(ORGANIC[split])]
+            continue
+        for scope in fault.scopes:
+            kernel = fault.name == "biased_backward"
+            group = groups["kernel" if kernel else "one" if scope == "one" else "wide"]
+            for value in fault.severities:
+                strength = "subtle" if value in fault.subtle else "plain"
+                few = ONE_HEAD_REPEATS[strength] if scope == "one" else 1
+                repeats = KERNEL_REPEATS[split, scope] if kernel else few
+                group += [forks.fault(fault, value, scope) for _ in range(repeats)]
+    for event in EVENTS:
+        if split == "held-out" or event.split == "tune":
+            groups["event"] += [forks.event(event) for _ in range(EVENT_REPEATS)]
+    return groups
+
+
+def make_plan() -> list[RunSpec]:
+    """All runs, in the order they are made."""
+    bases, healthy = _healthy()
+    shuffle = random.Random("order of runs")
+    placed: list[tuple[float, RunSpec]] = []
+
+    def spread(runs: list[RunSpec], first: float, last: float) -> None:
+        runs = shuffle.sample(runs, len(runs))
+        placed.extend((first + (last - first) * (at + 0.5) / len(runs), run) for at, run in enumerate(runs))
+
+    for split in ("tune", "held-out"):
+        spread([run for run in healthy if run.split == split], 0.0, 0.45)
+        groups = _forks(healthy, split)
+        seen: set[str] = set()
+        for name, runs in groups.items():
+            # The same fault on the same head of the same run, drawn twice, would be counted twice.
+            fresh = [run for run in runs if not (run.name in seen or seen.add(run.name))]  # type: ignore[func-returns-value]
+            spread(fresh, 0.15 if name == "one" else 0.3, 0.85 if name == "one" else 1.0)
+    return bases + [run for _, run in sorted(placed, key=lambda pair: (pair[0], pair[1].name))]
+
+
+def describe(plan: list[RunSpec]) -> str:
+    """The plan in a few lines, with its estimated cost."""
+    lines = []
+    for role in ("base", "healthy", "fault", "event"):
+        for split in ("tune", "held-out"):
+            runs = [run for run in plan if run.role == role and run.split == split]
+            scopes = Counter(run.scope for run in runs if run.scope)
+            extra = "".join(f", {count} {scope}" for scope, count in sorted(scopes.items()))
+            seconds = sum(run.seconds for run in runs)
+            lines.append(f"{role:8} {split:8} {len(runs):4d} runs, about {seconds:6.0f} core-seconds{extra}")
+    models = Counter(run.model for run in plan)
+    lines.append(f"by model: {', '.join(f'{name} {count}' for name, count in models.items())}")
+    lines.append(f"in all {len(plan)} runs, about {sum(run.seconds for run in plan):.0f} core-seconds on an idle core")
+    return "\n".join(lines)

@@ -1,0 +1,83 @@
+"""What judging a sample costs on one core, from 120 to 100,000 streams, all of them judged.
+
+Run: OMP_NUM_THREADS=1 python benchmarks/judging.py [--out benchmarks/results]
+`prepare` is what can be worked out before a sample comes (lines through the baselines, common movements): a worker
+thread does it while the model trains. `judge` is what is left when the sample is there. Streams carry a common
+movement, a drift and noise; one in a thousand values is flagged, so that baselines do not all hold the same samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+
+from incoherence_monitor import MonitorConfig, __version__
+from incoherence_monitor.detectors import DriftDetector
+from incoherence_monitor.records import LayerInfo, Layout
+
+SIZES = ((3, 4), (12, 12), (32, 32), (80, 64), (100, 100))
+"""Layers and heads of each."""
+WARM_UP, MEASURED = 60, 15
+
+
+def measure(layers: int, heads: int, *, warm_up: int = WARM_UP, measured: int = MEASURED) -> dict[str, float]:
+    """Judge samples of a model of this size; medians of CPU milliseconds, and state in bytes a stream."""
+    layout = Layout(tuple(LayerInfo(f"layer{at}", at, heads, heads, 64, window=256) for at in range(layers)))
+    detector = DriftDetector(layout, MonitorConfig(statistics=layout.statistics))
+    random = np.random.default_rng(0)
+    measure_of = random.normal(size=layout.size) * 0.05
+    prepare, judge = [], []
+    for tick in range(warm_up + measured):
+        values = random.normal(size=layout.size) * 0.05 + measure_of * random.normal() + 0.002 * tick
+        values[random.random(layout.size) < 0.001] += 1.0
+        start = time.process_time()
+        detector.prepare(tick)
+        middle = time.process_time()
+        detector.judge(values, tick=tick, step=tick)
+        if tick >= warm_up:
+            prepare.append(middle - start)
+            judge.append(time.process_time() - middle)
+    arrays = [array for part in detector.state_dict().values() for array in part.values()]
+    state = sum(array.numel() * array.element_size() for array in arrays)
+    return {
+        "streams": layout.size,
+        "judged": int(detector.judged.sum()),
+        "prepare_ms": 1e3 * statistics.median(prepare),
+        "judge_ms": 1e3 * statistics.median(judge),
+        "state_bytes_a_stream": state / layout.size,
+    }
+
+
+def main() -> None:
+    """Measure all sizes and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    out = parser.parse_args().out
+    rows = [measure(layers, heads) for layers, heads in SIZES]
+    machine = f"{platform.machine()}, one thread, Python {platform.python_version()}, numpy {np.__version__}"
+    names = ["streams", "judged", "prepare, ms", "judge, ms", "together, ms", "state, bytes a stream"]
+    head = f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n"
+    lines = [
+        f"| {row['streams']:,} | {row['judged']:,} | {row['prepare_ms']:.1f} | {row['judge_ms']:.1f} | "
+        f"{row['prepare_ms'] + row['judge_ms']:.1f} | {row['state_bytes_a_stream']:.0f} |"
+        for row in rows
+    ]
+    text = (
+        "# Judging a sample\n\n`OMP_NUM_THREADS=1 python benchmarks/judging.py`, "
+        f"incoherence_monitor {__version__}, {machine}. Medians of CPU time over {MEASURED} samples.\n\n"
+        f"{head}{chr(10).join(lines)}\n"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "judging.md").write_text(text)
+    (out / "judging.json").write_text(json.dumps({"version": __version__, "machine": machine, "rows": rows}, indent=1))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
