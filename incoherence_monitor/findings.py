@@ -20,6 +20,10 @@ LAYER_SHARE, LAYER_LEAST = 0.75, 3
 """A layer is told as a whole when so many of its heads of one kind are found at once, and at least three."""
 LAYER_ALARMS = 2
 """Heads of a layer that must have been found before those on their way there count for it."""
+WIDE_LAYER, WIDE_LAYER_SHARE = 8, 0.5
+"""From so many heads of one kind on, this share, found or on their way, is a layer: chance does not move so many."""
+NEARLY = 0.6
+"""Evidence, in units of its threshold, from which a key head counts as found where a query head of its is."""
 MODEL_SHARE = 0.5
 """The model is told as a whole when an absolute rule finds so many of its heads at once."""
 _NON_FINITE_SHOWN_AS: dict[HeadKind, str] = {"key": "key_norm", "query": "energy_scale"}
@@ -100,7 +104,7 @@ def find(
         if known is None or found.weight > known.weight:
             best[place] = found
 
-    for at in map(int, np.flatnonzero(verdict.alarm)):
+    for at in map(int, np.flatnonzero(verdict.alarm | _nearly_there(layout, verdict))):
         add(at, "drift", float(verdict.expected[at]), float(verdict.deviation[at]), int(verdict.since[at]))
     for at in map(int, np.flatnonzero(values > bounds)):
         rule = _BEYOND_BOUND[layout.rows[names[at]].name]
@@ -128,6 +132,23 @@ def find(
             )
         )
     return result
+
+
+def _nearly_there(layout: Layout, verdict: Verdict) -> BoolArray:
+    """[S] streams of key heads that are all but found, of which a query head is: the key head is then the cause."""
+    nearly = np.zeros(layout.size, dtype=bool)
+    if not verdict.alarm.any():
+        return nearly
+    query = np.concatenate([np.full(len(layout.heads(row.name)), row.kind == "query") for row in layout.rows])
+    found = {
+        (at, layout.layers[at].key_head_of(head))
+        for at, head in zip(
+            *(of[verdict.alarm & query] for of in (layout.stream_layer, layout.stream_head)), strict=True
+        )
+    }
+    for at in map(int, np.flatnonzero((np.abs(verdict.evidence) > NEARLY) & ~query)):
+        nearly[at] = (layout.stream_layer[at], layout.stream_head[at]) in found
+    return nearly
 
 
 def without(verdict: Verdict, muted: BoolArray, layout: Layout) -> Verdict:
@@ -178,9 +199,11 @@ def _by_layer(layout: Layout, heads: list[Finding], verdict: Verdict | None) -> 
         for at, layer in enumerate(layout.layers):
             inside = [found for found in heads if found.place[:2] == (kind, at)]
             places = {found.place: None for found in inside}
+            share = LAYER_SHARE
             if verdict is not None and len(inside) >= LAYER_ALARMS:
                 places |= dict.fromkeys(_on_their_way(layout, max(inside, key=_weight), verdict))
-            if len(places) >= max(LAYER_LEAST, LAYER_SHARE * layer.heads(kind)):
+                share = WIDE_LAYER_SHARE if layer.heads(kind) >= WIDE_LAYER else LAYER_SHARE
+            if len(places) >= max(LAYER_LEAST, share * layer.heads(kind)):
                 result.append(replace(max(inside, key=_weight), place=("layer", at, -1), heads=tuple(sorted(places))))
             else:
                 result += inside

@@ -18,6 +18,9 @@ from .ops import spectral_statistics
 from .records import BoolArray, FloatArray, LayerInfo, Layout
 from .stats import STATISTIC_NAMES, HeadKind, statistic
 
+LEAST = 1e-12
+"""Lengths and scales of zero count as this, so that a head that dies has a logarithm and is judged."""
+_MAY_BE_ZERO = ("key_norm", "value_norm", "energy_scale")
 LOSSES_HELD = 256
 """Losses kept between two samples, the newest; steps between samples are fewer."""
 
@@ -124,6 +127,8 @@ def summarise(layout: Layout, copied: list[tuple[Tensor, list[tuple[LayerInfo, H
     at_of = {layer.name: at for at, layer in enumerate(layout.layers)}
 
     def add(info: LayerInfo, name: str, values: FloatArray) -> None:
+        if name in _MAY_BE_ZERO:
+            values = np.maximum(values, LEAST)
         with np.errstate(divide="ignore", invalid="ignore"):
             logs = np.log(values)
         known = np.isfinite(logs)

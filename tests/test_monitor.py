@@ -138,6 +138,21 @@ def test_valid_tokens_alone_count():
         assert padded.latest[name] == pytest.approx(values, rel=1e-6, nan_ok=name == "shift_residual"), name
 
 
+def test_a_head_that_dies_is_found():
+    """Its keys and values are exactly zero, of which there is no logarithm."""
+    monitor = IncoherenceMonitor(every=1, config=CONFIG)
+    for step in range(50):
+        query, key = queries_and_keys(step)
+        if step >= 40:
+            key[:, 1] = 0
+        with monitor.step(step):
+            monitor.observe("layer", query, key)
+    monitor.flush()
+    assert ("key", 1) in {(alert.kind, alert.head) for alert in monitor.alerts}
+    assert min(alert.step for alert in monitor.alerts) <= 42
+    assert monitor.history.values("key_norm")[-1, 1] == pytest.approx(1e-12)
+
+
 def test_nothing_at_all_between_samples(monkeypatch):
     monitor = IncoherenceMonitor(every=10, config=CONFIG)
     drive(monitor, [0])
