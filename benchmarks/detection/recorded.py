@@ -88,10 +88,10 @@ def load(folder: Path, name: str) -> Recorded:
         name: of the run.
     """
     spec, record = specification(folder, name)
-    steps, values, losses, norms, entropies = _read(folder / name)
     layout = History.open(folder / name).layout
+    steps, values, losses, norms, entropies = _read(folder / name, layout)
     if spec.role in FORKED:
-        before = _read(folder / spec.parent)
+        before = _read(folder / spec.parent, layout)
         early = before[0] < spec.start
         steps = np.concatenate([before[0][early], steps])
         values = np.concatenate([before[1][early], values])
@@ -102,9 +102,12 @@ def load(folder: Path, name: str) -> Recorded:
     return Recorded(spec, layout, steps, values, losses, norms, entropies, right)
 
 
-def _read(folder: Path) -> tuple[NDArray[np.int64], FloatArray, FloatArray, FloatArray, FloatArray]:
+def _read(folder: Path, layout: Layout) -> tuple[NDArray[np.int64], FloatArray, FloatArray, FloatArray, FloatArray]:
+    """What a folder holds, in the order of a layout; what was not recorded there is missing."""
     history = History.open(folder)
-    values = np.concatenate([history.values(name) for name in history.statistics], axis=1).astype(np.float64)
+    missing = {name: np.full((len(history), part.stop - part.start), np.nan) for name, part in layout.slices.items()}
+    held = [history.values(name) if name in history.statistics else missing[name] for name in layout.statistics]
+    values = np.concatenate(held, axis=1).astype(np.float64)
     rows = read_steps(folder)
     at, entropies = read_entropy(folder)
     assert np.array_equal(at, history.steps), f"{folder} has signals of other steps than its history"
