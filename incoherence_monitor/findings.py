@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .records import AlertKind, BoolArray, FloatArray, Layout, Verdict
+from .records import AlertKind, BoolArray, FloatArray, IntArray, Layout, Verdict
 from .stats import HeadKind
 
 LAYER_SHARE, LAYER_LEAST = 0.75, 3
@@ -106,7 +106,7 @@ def find(
 
     for at in map(int, np.flatnonzero(verdict.alarm | _nearly_there(layout, verdict))):
         add(at, "drift", float(verdict.expected[at]), float(verdict.deviation[at]), int(verdict.since[at]))
-    for at in map(int, np.flatnonzero(values > bounds)):
+    for at in map(int, np.flatnonzero(_beyond(layout, values, bounds))):
         rule = _BEYOND_BOUND[layout.rows[names[at]].name]
         add(at, rule, float(bounds[at]), float(verdict.deviation[at]), step)
     for at in map(int, np.flatnonzero(non_finite)):
@@ -134,18 +134,34 @@ def find(
     return result
 
 
+def _beyond(layout: Layout, values: FloatArray, bounds: FloatArray) -> BoolArray:
+    """[S] streams past their absolute bound.
+
+    Where a query head has run away, attention is all but one-hot and the gradient of its keys little more than
+    rounding: its sum then says nothing of the kernel.
+    """
+    beyond: BoolArray = values > bounds
+    scale, shift = layout.slices["energy_scale"], layout.slices.get("shift_residual")
+    if shift is not None and beyond[scale].any():
+        runaway = _key_heads(layout, np.flatnonzero(beyond[scale]) + scale.start)
+        for at in range(shift.start, shift.stop):
+            beyond[at] &= (layout.stream_layer[at], layout.stream_head[at]) not in runaway
+    return beyond
+
+
+def _key_heads(layout: Layout, queries: IntArray) -> set[tuple[int, int]]:
+    """Layer position and key head of streams of query heads."""
+    at, head = layout.stream_layer[queries].tolist(), layout.stream_head[queries].tolist()
+    return {(layer, layout.layers[layer].key_head_of(query)) for layer, query in zip(at, head, strict=True)}
+
+
 def _nearly_there(layout: Layout, verdict: Verdict) -> BoolArray:
     """[S] streams of key heads that are all but found, of which a query head is: the key head is then the cause."""
     nearly = np.zeros(layout.size, dtype=bool)
     if not verdict.alarm.any():
         return nearly
     query = np.concatenate([np.full(len(layout.heads(row.name)), row.kind == "query") for row in layout.rows])
-    found = {
-        (at, layout.layers[at].key_head_of(head))
-        for at, head in zip(
-            *(of[verdict.alarm & query] for of in (layout.stream_layer, layout.stream_head)), strict=True
-        )
-    }
+    found = _key_heads(layout, np.flatnonzero(verdict.alarm & query))
     for at in map(int, np.flatnonzero((np.abs(verdict.evidence) > NEARLY) & ~query)):
         nearly[at] = (layout.stream_layer[at], layout.stream_head[at]) in found
     return nearly

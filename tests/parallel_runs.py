@@ -78,7 +78,8 @@ def results(monitor):
     monitor.close()
     coverage = monitor.coverage()
     return {
-        "latest": monitor.latest,
+        # What is left of a sum that is zero is rounding, which no two ways of adding up have in common.
+        "latest": {name: values for name, values in monitor.latest.items() if name != "shift_residual"},
         # A NaN is not equal to itself, its representation is.
         "alerts": [repr(alert) for alert in monitor.alerts],
         "told": [(alert.step, alert.layer, alert.layer_index, alert.kind, alert.head) for alert in monitor.alerts],

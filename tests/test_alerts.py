@@ -321,3 +321,18 @@ def test_a_statistic_that_other_processes_do_not_record_is_never_armed():
     shifted(judge, 0, {})
     assert judge.armed()["logit_max"] == "not judged: not every process records it"
     assert "need 24 samples" in judge.armed()["key_norm"]
+
+
+def test_a_head_that_ran_away_is_no_broken_kernel():
+    """Its attention is one-hot, and what gradient is left of its keys is rounding."""
+    layout = Layout(tuple(replace(layer, precision="float32") for layer in LAYOUT.layers))
+    judge = Judge(MonitorConfig())
+    values = np.ones(layout.size, np.float32)
+    values[layout.slices["shift_residual"]] = 1e-7
+    values[layout.slices["shift_residual"].start] = 1e-3
+    values[layout.slices["energy_scale"].start + 1] = 60.0
+    (alert,) = judge.judge_values(layout, values, step=0).alerts
+    assert (alert.kind, alert.head, alert.statistic) == ("query", 1, "energy_scale")
+    values[layout.slices["energy_scale"].start + 1] = 1.0
+    (alert,) = Judge(MonitorConfig()).judge_values(layout, values, step=0).alerts
+    assert (alert.kind, alert.head, alert.statistic) == ("key", 0, "shift_residual")

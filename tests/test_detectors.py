@@ -193,7 +193,7 @@ def test_small_cohorts_are_judged_by_their_own_past():
     layout = Layout((LayerInfo("only", 0, 2, 2, 16, window=64),))
     values = noise(80, layout=layout)
     values[60:, layout.slices["key_norm"].start] += 1.0
-    assert alarms(run(values, layout=layout)[1])[0] == (61, layout.slices["key_norm"].start)
+    assert alarms(run(values, layout=layout)[1])[0] == (62, layout.slices["key_norm"].start)
 
 
 def test_cohorts_do_not_mix_kinds_of_layers():

@@ -90,8 +90,9 @@ class Replay:
         self.alerts.append(tuple(judged.alerts))
 
 
-Past = dict[tuple[str, str, int], Replay]
-"""Replays up to an onset, by signal, healthy run and onset: what its forks have in common is judged once."""
+Past = dict[tuple[str, str, int, tuple[str, ...]], Replay]
+"""Replays up to an onset, by signal, healthy run, onset and statistics recorded: what its forks have in common is
+judged once."""
 
 
 def replayed(layout: Layout, logs: FloatArray, config: MonitorConfig, key: str, run: Recorded, past: Past) -> Replay:
@@ -105,7 +106,7 @@ def replayed(layout: Layout, logs: FloatArray, config: MonitorConfig, key: str, 
         run: whose samples they are.
         past: replays to begin from, and where this one is left for the next fork.
     """
-    place = (key, run.spec.parent, run.onset)
+    place = (key, run.spec.parent, run.onset, layout.statistics)
     replay = copy.deepcopy(past[place]) if place in past else Replay(layout, config)
     for row in logs[len(replay.score) :]:
         if len(replay.score) == run.onset > 0:
