@@ -245,6 +245,7 @@ def test_multihead_attention_is_causal_by_its_mask(masked):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_hugging_face_layers_say_it_themselves(attention):
+    pytest.importorskip("transformers")
     from transformers import BertConfig, BertForMaskedLM
 
     batch = batches(1, batch=8, length=32)[0]

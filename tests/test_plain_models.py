@@ -97,7 +97,7 @@ def test_compiled_it_is_seen_too_with_one_graph_more(style, one_thread):
             assert len(monitor.coverage().seen) == 2, monitor.coverage()
             assert [tap.counter.counted for tap in monitor._capture.taps] == [1, 1]
             assert not monitor.coverage().failures
-            assert np.isfinite(list(monitor.latest["value_norm"].values())).all()
+            assert np.isfinite(list(monitor.latest["key_norm"].values())).all()
             monitor.close()
         return result
 
@@ -163,7 +163,7 @@ def test_flex_attention_is_captured(style, one_thread):
             monitor.flush()
             assert len(monitor.coverage().seen) == 2
             assert set(monitor.coverage().ways.values()) == {functions.FLEX_WAY}
-            assert np.isfinite(list(monitor.latest["value_norm"].values())).all()
+            assert np.isfinite(list(monitor.latest["key_norm"].values())).all()
             assert not monitor.coverage().failures
             monitor.close()
         return result

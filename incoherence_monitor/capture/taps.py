@@ -222,7 +222,8 @@ def tap(
             factor = query.shape[-1] ** -0.5 if scale is None else scale
             told = [each if isinstance(each, Tensor) else None for each in told]
             selects = "indices" in given
-            handed = [None if each is None else each.detach() for each in (query, key, value)]
+            # Not the values: with one reader more of them Inductor rounds a whole Llama's gradients otherwise.
+            handed = [query.detach(), key.detach(), None]
             behind, said = (causal, None) if isinstance(causal, Tensor) else (None, causal)
             held = (behind, slot, factor, selects, said, cast, bent)
             torch.ops.incoherence_monitor.tap(*handed, *told, valid, starts, *held)
