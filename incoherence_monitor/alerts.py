@@ -165,10 +165,7 @@ class AlertBook:
         if kind == "key":
             inside = inside & (self.layout.stream_key_head == head)
         elif kind == "query":
-            queries = np.zeros(self.layout.size, dtype=bool)
-            for row in self.layout.rows:
-                queries[self.layout.slices[row.name]] = row.kind == "query"
-            inside = inside & queries & (self.layout.stream_head == head)
+            inside = inside & self.layout.stream_of_query & (self.layout.stream_head == head)
         return inside & verdict.restless
 
     def _within(self, place: Place, episode: Episode, streams: BoolArray) -> bool:

@@ -71,15 +71,6 @@ class Baseline(Vectors):
         """Start these streams anew."""
         self.count[streams] = 0
 
-    def lift(self, streams: BoolArray, offset: FloatArray) -> None:
-        """Take a new level for these streams as if it had always been theirs.
-
-        Args:
-            streams: [S] which.
-            offset: [S] by how much the level has moved, in log units.
-        """
-        self.values[streams] += offset[streams, None].astype(np.float32)
-
     def predict(self, tick: int) -> Prediction:
         """Draw every stream's line and extrapolate it.
 

@@ -53,7 +53,7 @@ def normal_threshold(tests_per_false_alarm: float) -> float:
 
 
 class DriftDetector:
-    """Baselines and rules for every stream of a layout. Vectorised; about 380 bytes a stream."""
+    """Baselines and rules for every stream of a layout. Vectorised; about 350 bytes a stream."""
 
     def __init__(self, layout: Layout, config: MonitorConfig) -> None:
         """Start with empty baselines.
@@ -156,14 +156,14 @@ class DriftDetector:
             expected=np.exp(expected),
             deviation=deviation,
             evidence=evidence / threshold,
-            alarm=beyond & _outside(deviation, evidence),
+            alarm=beyond & still_departs(deviation, evidence),
             restless=size > threshold / 2,
             since=self.evidence.since,
             armed=armed,
             armed_share=float(armed[heard].mean()) if heard.any() else 0.0,
             model_deviation=model_deviation,
             model_evidence=model_evidence / self.model_threshold,
-            model_alarm=model_beyond & _outside(model_deviation, model_evidence),
+            model_alarm=model_beyond & still_departs(model_deviation, model_evidence),
             model_restless=model_size > self.model_threshold / 2,
             model_since=self.model_evidence.since,
         )
@@ -250,7 +250,7 @@ class DriftDetector:
             part.load_state_dict(state[name])
 
 
-def _outside(deviation: FloatArray, evidence: FloatArray) -> BoolArray:
+def still_departs(deviation: FloatArray, evidence: FloatArray) -> BoolArray:
     """Whether the newest sample itself still departs to the side of the evidence."""
     same_side: BoolArray = np.nan_to_num(deviation * np.sign(evidence)) > EXCURSION_FROM
     return same_side

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .records import AlertKind, BoolArray, FloatArray, IntArray, Layout, Verdict
+from .records import AlertKind, BoolArray, FloatArray, Layout, Verdict
 from .stats import HeadKind
 
 LAYER_SHARE, LAYER_LEAST = 0.75, 3
@@ -141,30 +141,29 @@ def _beyond(layout: Layout, values: FloatArray, bounds: FloatArray) -> BoolArray
     rounding: its sum then says nothing of the kernel.
     """
     beyond: BoolArray = values > bounds
-    scale, shift = layout.slices["energy_scale"], layout.slices.get("shift_residual")
-    if shift is not None and beyond[scale].any():
-        runaway = _key_heads(layout, np.flatnonzero(beyond[scale]) + scale.start)
-        for at in range(shift.start, shift.stop):
-            beyond[at] &= (layout.stream_layer[at], layout.stream_head[at]) not in runaway
+    shift = layout.slices.get("shift_residual")
+    if shift is not None:
+        runaway = np.zeros(layout.size, dtype=bool)
+        runaway[layout.slices["energy_scale"]] = beyond[layout.slices["energy_scale"]]
+        beyond[shift] &= ~_of_the_same_key_heads(layout, runaway)[shift]
     return beyond
 
 
-def _key_heads(layout: Layout, queries: IntArray) -> set[tuple[int, int]]:
-    """Layer position and key head of streams of query heads."""
-    at, head = layout.stream_layer[queries].tolist(), layout.stream_head[queries].tolist()
-    return {(layer, layout.layers[layer].key_head_of(query)) for layer, query in zip(at, head, strict=True)}
+def _of_the_same_key_heads(layout: Layout, marked: BoolArray) -> BoolArray:
+    """[S] streams of the key heads that marked streams belong to, and of the query heads paired with them."""
+    if not marked.any():
+        # As in nearly every sample.
+        return marked
+    most = max((layer.key_heads for layer in layout.layers), default=1)
+    number = layout.stream_layer * most + layout.stream_key_head
+    return np.isin(number, number[marked])
 
 
 def _nearly_there(layout: Layout, verdict: Verdict) -> BoolArray:
     """[S] streams of key heads that are all but found, of which a query head is: the key head is then the cause."""
-    nearly = np.zeros(layout.size, dtype=bool)
-    if not verdict.alarm.any():
-        return nearly
-    query = np.concatenate([np.full(len(layout.heads(row.name)), row.kind == "query") for row in layout.rows])
-    found = _key_heads(layout, np.flatnonzero(verdict.alarm & query))
-    for at in map(int, np.flatnonzero((np.abs(verdict.evidence) > NEARLY) & ~query)):
-        nearly[at] = (layout.stream_layer[at], layout.stream_head[at]) in found
-    return nearly
+    query = layout.stream_of_query
+    nearly: BoolArray = (np.abs(verdict.evidence) > NEARLY) & ~query
+    return nearly & _of_the_same_key_heads(layout, verdict.alarm & query)
 
 
 def without(verdict: Verdict, muted: BoolArray, layout: Layout) -> Verdict:

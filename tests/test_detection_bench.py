@@ -67,15 +67,21 @@ def test_a_fork_without_a_fault_is_its_twin(model, tmp_path):
     np.testing.assert_array_equal(rows["gradient_norm"][START:], others["gradient_norm"])
 
 
-@pytest.mark.parametrize("name", models.KINDS)
-def test_a_heads_weights_make_what_that_head_receives(name):
-    """Scaling a head's rows scales that head's output columns and nothing else, whatever the projection."""
-    kind = models.KINDS[name]
-    model = models.build(kind, 0)
+def built(name):
+    """A model of this kind, its adapters with weights that do something."""
+    model = models.build(models.KINDS[name], 0)
     if name == "lora":
         model = models.with_lora(model, dropout=0.0)
         for part in model.parameters():
             torch.nn.init.normal_(part.data, std=0.02)
+    return model
+
+
+@pytest.mark.parametrize("name", models.KINDS)
+def test_a_heads_weights_make_what_that_head_receives(name):
+    """Scaling a head's rows scales that head's output columns and nothing else, whatever the projection."""
+    kind = models.KINDS[name]
+    model = built(name)
     attention = models.attentions(model)[1]
     assert len(models.attentions(model)) == kind.layers
     hidden = torch.randn(2, 5, models.WIDTH)
@@ -102,11 +108,7 @@ def test_a_heads_weights_make_what_that_head_receives(name):
 def test_effective_weights_are_what_the_projection_does():
     for name in ("learned", "gqa", "lora"):
         kind = models.KINDS[name]
-        model = models.build(kind, 0)
-        if name == "lora":
-            model = models.with_lora(model, dropout=0.0)
-            for part in model.parameters():
-                torch.nn.init.normal_(part.data, std=0.02)
+        model = built(name)
         hidden = torch.randn(3, models.WIDTH)
         for side, heads in (("query", kind.query_heads), ("key", kind.key_heads)):
             weights = models.effective_weights(kind, model, side)

@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 
 from incoherence_monitor import MonitorConfig
+from incoherence_monitor.detectors import still_departs
 from incoherence_monitor.judge import Judge
 from incoherence_monitor.records import Alert, LayerInfo, Layout
 from incoherence_monitor.stats import DEFAULT_ALERTING, statistic
 from incoherence_monitor.sums import SampleSums
-from incoherence_monitor.vectors import EXCURSION_FROM
 
 from .plan import FORKED, RunSpec
 from .recorded import Recorded, load
@@ -117,8 +117,8 @@ def replayed(layout: Layout, logs: FloatArray, config: MonitorConfig, key: str, 
 
 def _where_it_lasts(evidence: FloatArray, deviation: FloatArray) -> FloatArray:
     """Size of the evidence, 0 where this sample does not bear it out; NaN where not judged."""
-    same_side = np.nan_to_num(deviation * np.sign(evidence)) > EXCURSION_FROM
-    return np.where(np.isfinite(evidence), np.where(same_side, np.abs(evidence), 0.0), np.nan)
+    lasting = np.where(still_departs(deviation, evidence), np.abs(evidence), 0.0)
+    return np.where(np.isfinite(evidence), lasting, np.nan)
 
 
 def _logs(values: FloatArray) -> FloatArray:

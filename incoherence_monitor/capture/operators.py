@@ -85,7 +85,6 @@ class Call:
 def _tap(
     query: Tensor,
     key: Tensor,
-    value: Tensor | None,
     mask: Tensor | None,
     ends: Tensor | None,
     positions: Tensor | None,
@@ -101,7 +100,8 @@ def _tap(
 ) -> None:
     """Hand on what a compiled attention layer received to the place that the slot names.
 
-    Whether it is causal is said by `behind`, read off a mask in the graph, or by `causal`, or by the mask.
+    Values are left alone: with one reader more of them Inductor rounds a whole Llama's gradients otherwise. Whether it
+    is causal is said by `behind`, read off a mask in the graph, or by `causal`, or by the mask.
     """
     place = _holder(slot)
     if place is None:
@@ -113,7 +113,7 @@ def _tap(
         said: Tensor | bool | None = causal if behind is None else behind
         if said is None:
             said = causal_by(mask, batch=len(query), length=query.shape[2], device=query.device)
-        call = Call(query, key, value, scale, valid, starts, said, cast=cast, bent=bent)
+        call = Call(query, key, None, scale, valid, starts, said, cast=cast, bent=bent)
     except Exception as error:  # Whatever goes wrong, training goes on.
         place.failed(error)
         return

@@ -222,11 +222,9 @@ def tap(
             factor = query.shape[-1] ** -0.5 if scale is None else scale
             told = [each if isinstance(each, Tensor) else None for each in told]
             selects = "indices" in given
-            # Not the values: with one reader more of them Inductor rounds a whole Llama's gradients otherwise.
-            handed = [query.detach(), key.detach(), None]
             behind, said = (causal, None) if isinstance(causal, Tensor) else (None, causal)
             held = (behind, slot, factor, selects, said, cast, bent)
-            torch.ops.incoherence_monitor.tap(*handed, *told, valid, starts, *held)
+            torch.ops.incoherence_monitor.tap(query.detach(), key.detach(), *told, valid, starts, *held)
         return
     place = place_of(module)
     if place is None:
