@@ -123,8 +123,8 @@ def _replay(run_dir: Path, sensitivities: Sequence[float]) -> int:
 
 
 def _post(given: argparse.Namespace, values: dict[str, Any]) -> int:
+    from .attempts import find_folder, newest_layout
     from .commands import Selection, from_dict
-    from .history import find_folder, newest_layout
     from .inbox import post
 
     command = from_dict({**values, "layer": given.layer, "head": given.head, "statistic": given.statistic})
