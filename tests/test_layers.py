@@ -45,6 +45,7 @@ SIDEWAYS = {
     "pipeline": {"dashboard"},
     "steering": {"pipeline"},
     "monitor": {"pipeline", "state", "dashboard", "steering", "watching"},
+    "report": {""},
     "cli": {"demo", ""},
 }
 OPTIONAL = {
