@@ -64,6 +64,18 @@ def headline(run: Run) -> Headline:
     past = f" {_count(before, 'earlier alert')} {'is' if before == 1 else 'are'} over." if before else ""
     if run.bands is None:
         return Headline("unsure", f"No alert is open at {now}.{past}", _say("This version cannot judge the run again."))
+    silent = [(place, since) for place, since, until in run.spans if until == len(history) - 1]
+    if silent:
+        (kind, layer, head), since = min(silent, key=lambda each: each[1])
+        first = f"{head_label(history.layout.layers[layer].index, kind, head)} since step {history.steps[since]}"
+        more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
+        return Headline(
+            "unsure",
+            f"No alert is open at {now}, but not all is well: {first}{more} drift without one.{past}",
+            _say(
+                "They are muted, or the version that recorded the run judged otherwise than this one. See the ranking."
+            ),
+        )
     if run.armed_share < ENOUGH_ARMED:
         return Headline(
             "unsure",
