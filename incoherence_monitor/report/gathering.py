@@ -1,6 +1,6 @@
 """What a report is made of: recorded runs, judged again for their bands and for which heads drift when.
 
-Layer 5: imports attempts, config, coverage, errors, history, records and replay.
+Layer 5: imports attempts, config, coverage, errors, history, records and replay, and encoding beside it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..history import History
 from ..judge import JudgedSample
 from ..records import Alert, IntArray, Layout, rearrange
 from ..replay import judge_again, recorded_config
+from .encoding import thin
 
 BAND_VALUES = 1_800_000
 """Values of bands in one page, so that they take some 3 MB of it; between them the page draws straight lines."""
@@ -44,6 +45,11 @@ class Bands:
     expected: NDArray[np.float32]
     width: NDArray[np.float32]
     evidence: NDArray[np.float32]
+
+    def thinned(self, most: int) -> Bands:
+        """At no more samples than some, evenly, and the last."""
+        rows = thin(len(self.at), most, np.zeros(0, dtype=np.int64))
+        return Bands(self.at[rows], self.expected[rows], self.width[rows], self.evidence[rows])
 
 
 @dataclass

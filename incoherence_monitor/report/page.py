@@ -41,11 +41,12 @@ _SCRIPTS = ("data.js", "map.js", "curves.js", "page.js")
 
 @dataclass(frozen=True)
 class _Shown:
-    """A run as the page holds it: plain values, and packed arrays by the name of their element."""
+    """A run as the page holds it: plain values, packed arrays by the name of their element, and how many samples."""
 
     plain: dict[str, Any]
     arrays: dict[str, Packed]
     samples: int
+    bands: int
 
 
 def render(runs: list[Run]) -> str:
@@ -123,30 +124,31 @@ def _show(number: int, run: Run, most: int) -> _Shown:
     # What alerts need must not become the larger part of what is shown.
     keep = np.array(sorted(set(told))[: most // 4], dtype=np.int64)
     rows = thin(len(history), most, keep)
+    bands = None if run.bands is None else run.bands.thinned(most)
     arrays: dict[str, Packed] = {}
     statistics = []
     for at, row in enumerate(layout.rows):
         part, values = layout.slices[row.name], history.values(row.name)[rows]
         arrays[f"v-{number}-{at}"] = pack(values)
-        judged = run.bands is not None and bool(np.isfinite(run.bands.evidence[:, part]).any())
+        judged = bands is not None and bool(np.isfinite(bands.evidence[:, part]).any())
         if judged:
-            assert run.bands is not None
-            evidence = np.exp(np.clip(run.bands.evidence[:, part], -_EVIDENCE_SHOWN, _EVIDENCE_SHOWN))
-            arrays[f"e-{number}-{at}"] = pack(run.bands.expected[:, part])
-            arrays[f"w-{number}-{at}"] = pack(run.bands.width[:, part], finest=_COARSE)
+            assert bands is not None
+            evidence = np.exp(np.clip(bands.evidence[:, part], -_EVIDENCE_SHOWN, _EVIDENCE_SHOWN))
+            arrays[f"e-{number}-{at}"] = pack(bands.expected[:, part])
+            arrays[f"w-{number}-{at}"] = pack(bands.width[:, part], finest=_COARSE)
             arrays[f"d-{number}-{at}"] = pack(evidence, finest=_COARSE)
         statistics.append(_describe(row, values, judged=judged))
     plain = {
         "name": run.name,
         "steps": history.steps[rows].tolist(),
         "losses": _plain(history.losses[rows]),
-        "bandSteps": [] if run.bands is None else history.steps[run.bands.at].tolist(),
+        "bandSteps": [] if bands is None else history.steps[bands.at].tolist(),
         "layers": [[layer.name, layer.index, layer.key_heads, layer.query_heads] for layer in layout.layers],
         "statistics": statistics,
         "spans": _spans(run, rows),
         "alerts": _alerts(number, run),
     }
-    return _Shown(plain, arrays, len(rows))
+    return _Shown(plain, arrays, len(rows), 0 if bands is None else len(bands.at))
 
 
 def _spans(run: Run, rows: IntArray) -> list[list[Any]]:
@@ -298,9 +300,9 @@ def _about(runs: list[Run], shown: list[_Shown]) -> Element:
             f"{run.name}: values are rounded, to within {max(error, FINEST / 2):.1%} at worst, most heads more finely: "
             "a step is half of a head's own noise, or less."
         )
-        if run.bands is not None and len(run.bands.at) < count:
+        if 0 < seen.bands < count:
             lines.append(
-                f"{run.name}: bands and drift are held at {len(run.bands.at):,} of {count:,} samples, with straight "
+                f"{run.name}: bands and drift are held at {seen.bands:,} of {count:,} samples, with straight "
                 "lines between them."
             )
         lines += [f"{run.name}: {note}" for note in run.notes]
