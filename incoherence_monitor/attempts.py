@@ -24,6 +24,8 @@ from .stats import STATISTIC_NAMES
 FORMAT_VERSION = 2
 FOLDER = "history"
 SUFFIX = ".arrow"
+LARGEST_TICK = 2**31
+"""Samples of a run, at most; baselines count them in 32 bits."""
 NOT_BEGUN = "Nothing of {} can be read: its first lines are not whole, or not those of a history."
 _UNREADABLE = (pa.ArrowException, EOFError, OSError, MemoryError)
 """What pyarrow raises where bytes are missing, or are not those that it wrote."""
@@ -137,7 +139,7 @@ def _read(stream: Any, file: Path, *, samples: bool) -> Attempt | None:
                 whole = False
             else:
                 attempt.samples.append(sample)
-    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
         raise HistoryError(
             f"{file} is damaged ({type(error).__name__}: {error}); move it out of the folder to read the rest."
         ) from error
@@ -155,6 +157,8 @@ def _samples(reader: pa.RecordBatchStreamReader, layout: Layout) -> Iterator[Rec
     while True:
         try:
             batch = reader.read_next_batch()
+            # Damaged offsets would be followed out of the buffer.
+            batch.validate(full=True)
         except StopIteration:
             # The end of the file, or of what has been written of it so far.
             return
@@ -162,13 +166,19 @@ def _samples(reader: pa.RecordBatchStreamReader, layout: Layout) -> Iterator[Rec
             yield None
             return
         texts = {name: json.loads(batch.column(name)[0].as_py()) for name in ("alerts", "commands", "events")}
+        values = np.concatenate([batch.column(name).flatten().to_numpy() for name in layout.slices])
+        step, tick = (int(batch.column(name)[0].as_py()) for name in ("step", "tick"))
+        if len(values) != layout.size or step < 0 or not 0 <= tick < LARGEST_TICK:
+            raise ValueError(
+                f"a sample of {len(values)} values at step {step}, number {tick}; the header names {layout.size} values"
+            )
         yield RecordedSample(
-            step=batch.column("step")[0].as_py(),
+            step=step,
             layout=layout,
-            values=np.concatenate([batch.column(name).flatten().to_numpy() for name in layout.slices]),
-            tick=batch.column("tick")[0].as_py(),
+            values=values,
+            tick=tick,
             alerts=tuple(map(Alert.from_dict, texts["alerts"])),
-            loss=batch.column("loss")[0].as_py(),
+            loss=float(batch.column("loss")[0].as_py()),
             commands=tuple(texts["commands"]),
             events=tuple(map(Event.from_dict, texts["events"])),
         )

@@ -15,6 +15,7 @@ import pytest
 from incoherence_monitor import Alert, History, IncoherenceMonitor, MonitorConfig
 from incoherence_monitor.cli import main
 from incoherence_monitor.coverage import Coverage, load, save
+from incoherence_monitor.errors import HistoryError
 from incoherence_monitor.history import HistoryWriter
 from incoherence_monitor.records import LayerInfo, Layout, RecordedSample
 from incoherence_monitor.report import gather, render
@@ -24,6 +25,8 @@ from incoherence_monitor.report.verdict import headline
 from .test_monitor import drive, grow_one_head
 from .test_replay import run
 from .test_report_encoding import HOSTILE, unpack
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 class Page(HTMLParser):
@@ -418,6 +421,24 @@ def test_bad_run_folders_are_named_in_one_sentence_by_every_command(tmp_path, ca
         assert len(error.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "run"]
     assert not (folder / "commands").exists()
+
+
+def test_whatever_bytes_are_damaged_it_is_a_page_or_one_sentence(tmp_path):
+    made_up(tmp_path, 4)
+    (file,) = (tmp_path / "history").glob("*.arrow")
+    whole = np.frombuffer(file.read_bytes(), np.uint8)
+    generator = np.random.default_rng(0)
+    refused = []
+    for _ in range(150):
+        damaged = whole.copy()
+        damaged[generator.integers(0, len(whole), 3)] = generator.integers(0, 256, 3)
+        file.write_bytes(damaged.tobytes())
+        try:
+            gather([tmp_path])
+        except HistoryError as error:
+            refused.append(str(error))
+    assert 20 < len(refused) < 130
+    assert all(len(sentence.splitlines()) == 1 for sentence in refused)
 
 
 def test_the_colours_are_those_of_the_other_pictures():
