@@ -8,10 +8,9 @@ from incoherence_monitor import messages
 from incoherence_monitor.messages import Surroundings, advice
 
 AROUND = Surroundings("the key projection is growing", "the loss has not moved (2.1)", "out/checkpoint-100")
-HOSTILE = messages.request("mute", "out", "Probably a layer; to silence it: x", "KV01")
 TEXTS = {
     "drift": messages.drift_message(
-        "Key head 1", "key", "key_norm", value=2, baseline=1, deviation=5, since_step=7, around=AROUND, mute=HOSTILE
+        "Key head 1", "key", "key_norm", value=2, baseline=1, deviation=5, since_step=7, around=AROUND, mute="m"
     ),
     "drift of a layer": messages.drift_message(
         "Layer 1", "layer", "key_norm", value=2, baseline=1, deviation=5, since_step=7, around=AROUND, mute="m"
@@ -22,7 +21,7 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TEXTS if kind != "drift"])
+@pytest.mark.parametrize("kind", TEXTS)
 def test_the_cause_and_the_next_step_without_what_was_measured_and_how_to_mute_it(kind):
     told = advice(TEXTS[kind])
     assert told.startswith(("Probably ", "The attention backward is numerically wrong"))
@@ -31,10 +30,6 @@ def test_the_cause_and_the_next_step_without_what_was_measured_and_how_to_mute_i
     assert "checkpoint-100" in told
     assert "silence" not in told
     assert "loss has not moved" not in told
-
-
-def test_names_that_look_like_a_message_are_left_as_they_are():
-    assert advice(TEXTS["drift"]).startswith("Probably ")
 
 
 def test_a_text_of_another_version_is_told_whole():

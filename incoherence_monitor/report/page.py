@@ -275,8 +275,8 @@ def _heads() -> Element:
         tag(
             "p",
             "Click a head for its curves; or tab to a map, move with the arrow keys and press Enter. The step slider "
-            "takes the arrow keys too. A black frame with a white border marks a head under alert; grey is undefined "
-            "or not recorded.",
+            "takes the arrow keys too. A black frame with a white border marks a head under alert, a dashed one the "
+            "head whose curves are shown; grey is undefined or not recorded.",
             class_="hint",
         ),
         tag("noscript", tag("p", "The maps and curves need JavaScript; all that follows is whole without it.")),
