@@ -63,6 +63,7 @@ def test_a_picture_with_the_heads_that_are_under_alert(monkeypatch):
     image = re.search(r'src="data:image/png;base64,([^"]+)"', shown).group(1)
     assert base64.b64decode(image).startswith(b"\x89PNG")
     assert drawn[0]["step"] == 3
+    assert drawn[0]["run"] == "one"
     assert list(drawn[0]["drifting"]) == [("key", 0, 1)]
 
 
