@@ -17,7 +17,7 @@ LAYERS = [
     {"ops"},
     {"stats", "config", "probe", "records", "messages", "vectors", "baseline", "detectors", "findings", "alerts"}
     | {"commands", "causes", "episodes", "loss"},
-    {"windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
+    {"transfer", "aside", "windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "history", "judge", "figures", "inbox"},
     {"dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
     {"integrations"},
@@ -36,7 +36,9 @@ SIDEWAYS = {
     "episodes": {"findings", "records", "stats"},
     "alerts": {"causes", "episodes", "findings", "loss", "messages", "records", "stats"},
     "shares": {"windows"},
-    "sampling": {"windows", "shares", "sums", "capture"},
+    "windows": {"transfer"},
+    "sums": {"transfer"},
+    "sampling": {"aside", "windows", "shares", "sums", "capture", "transfer"},
     "agreement": {"windows", "sums"},
     "distributed": {"windows", "agreement", "capture", "sampling", "sharding", "sums"},
     "judge": {"sums"},

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from .gram import head_statistics, interaction_rank, smooth_statistics, spectral_statistics
+from .gram import head_statistics, piece_statistics, smooth_statistics
+from .pieces import Piece, cut_windows
 from .shapes import check_shapes
 from .shift import shift_residual, shift_vector
+from .spectra import spectral_statistics
+from .weights import interaction_rank
 
 __all__ = [
+    "Piece",
     "check_shapes",
+    "cut_windows",
     "head_statistics",
     "interaction_rank",
+    "piece_statistics",
     "shift_residual",
     "shift_vector",
     "smooth_statistics",

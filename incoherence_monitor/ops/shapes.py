@@ -1,4 +1,4 @@
-"""Whether queries, keys, values and masks fit together.
+"""Whether queries, keys, values and masks fit together, and how wide to calculate.
 
 Layer 1: imports torch and errors.
 """
@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingError
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """The widest float that a device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def check_shapes(
