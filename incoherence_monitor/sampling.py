@@ -126,12 +126,13 @@ class WindowSampler:
                 self.skipped[f"windows for which no sequence had {plan.window} tokens"] += sum(part)
                 return
             smooth, core = smooth_statistics(
-                chosen.take(given.query),
-                chosen.take(given.key),
-                value=None if given.value is None else chosen.take(given.value),
+                given.query,
+                given.key,
+                value=given.value,
                 scale=given.scale,
                 also=self._also,
                 causal=given.causal,
+                windows=chosen.windows,
             )
             flat, names = flatten(chosen.keep, smooth, core)
             held.parts.append(flat)

@@ -5,7 +5,7 @@ half at the start of sequences, where attention sinks live, half at offsets draw
 own, seeded by step, rank and micro-batch. The training run's generators are never touched, and nothing here reads
 back from the device.
 
-Layer 3: imports config for the ladder of lengths.
+Layer 3: imports config for the ladder of lengths, and ops.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .config import WINDOW_LADDER, MonitorConfig
+from .ops import Windows
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,10 @@ class Selection:
     positions: Tensor
     keep: Tensor | None
 
-    def take(self, heads: Tensor) -> Tensor:
-        """Gather the windows from [B, H, L, d] as [N, H, W, d]."""
-        return heads[self.rows[:, None], :, self.positions].transpose(1, 2)
+    @property
+    def windows(self) -> Windows:
+        """Where they lie, as the statistics take them."""
+        return Windows(self.rows, self.positions[:, 0], self.positions.shape[1])
 
 
 def select_windows(

@@ -53,7 +53,7 @@ OPTIONAL = {
     "torch.utils.tensorboard": {"trackers/tensorboard.py"},
     "matplotlib": {"figures.py"},
     "pandas": {"history.py"},
-    "triton": set(),
+    "triton": {"ops/kernels.py"},
     "scipy": set(),
 }
 

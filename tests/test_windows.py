@@ -126,7 +126,7 @@ def test_a_hole_in_a_sequence_is_not_straddled():
 def test_gathered_windows_are_slices_of_the_batch():
     heads = torch.randn(3, 2, 100, 5)
     chosen = choose(batch=3, length=100)
-    for at, window in enumerate(chosen.take(heads)):
+    for at, window in enumerate(chosen.windows.take(heads)):
         first = int(chosen.positions[at, 0])
         assert torch.equal(window, heads[chosen.rows[at], :, first : first + 32])
 

@@ -1,12 +1,13 @@
-"""From queries, keys and values to one number per head: the fast form, its float64 reference, and interaction rank."""
+"""From queries, keys and values to one number per head: fused, batched, the float64 reference, and interaction rank."""
 
 from __future__ import annotations
 
 from .gram import head_statistics, interaction_rank, smooth_statistics, spectral_statistics
-from .shapes import check_shapes
+from .shapes import Windows, check_shapes
 from .shift import shift_residual, shift_vector
 
 __all__ = [
+    "Windows",
     "check_shapes",
     "head_statistics",
     "interaction_rank",

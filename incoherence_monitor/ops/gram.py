@@ -6,7 +6,7 @@ From query [B, Hq, L, d] and key [B, Hk, L, d] to one number per window and head
 Legend of shape suffixes: B windows, G key heads, R query heads per key head, Q = G * R query heads, L tokens,
 D head dimension.
 
-Layer 1: imports torch, errors, constants, logits and shapes.
+Layer 1: imports torch, errors, constants, fused, launch, logits and shapes.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingError
+from . import fused
 from .constants import KEYS_EQUAL_BELOW, RANK_SHARE
+from .launch import at_hand
 from .logits import ON_REQUEST, logit_statistics
-from .shapes import check_shapes
+from .shapes import Windows, check_shapes
 
 _FULL_RANK_ABOVE = 1e-11
 """Smallest squared Cholesky pivot, as a share of the Gram matrix's norm, at which keys count as of full rank."""
@@ -46,8 +48,12 @@ def smooth_statistics(
     valid: Tensor | None = None,
     also: Collection[str] = (),
     causal: bool | Tensor = True,
+    windows: Windows | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Every statistic that needs no eigenvalues, and the core whose eigenvalues give the others.
+
+    By fused kernels that read the tensors as they lie, where they are on a GPU and Triton is at hand; else by batched
+    torch operations, on copies of the windows.
 
     Args:
         query: [B, Hq, L, d], any float dtype; shapes already checked.
@@ -57,11 +63,20 @@ def smooth_statistics(
         valid: bool [B, L]; tokens that are False are left out.
         also: of `ON_REQUEST`, those to compute as well.
         causal: whether tokens attend to none after them, for those; a bool tensor [] where that is on the device.
+        windows: where windows lie, N in all; None if each sequence is one, N = B.
 
     Returns:
-        The statistics as float32 [B, Hk] or [B, Hq], NaN where undefined; and the core [B, Hq, d, d], float32,
+        The statistics as float32 [N, Hk] or [N, Hq], NaN where undefined; and the core [N, Hq, d, d], float32,
         symmetric, whose eigenvalues are proportional to the squared singular values of the energy field.
     """
+    if at_hand(query, key, value):
+        return fused.smooth_statistics(
+            query, key, value=value, scale=scale, valid=valid, also=also, causal=causal, windows=windows
+        )
+    if windows is not None:
+        query, key = windows.take(query), windows.take(key)
+        value = None if value is None else windows.take(value)
+        valid = None if valid is None else windows.take_tokens(valid)
     at_once = max(1, _ELEMENTS_IN_CACHE // query[0].numel()) if query.device.type == "cpu" else query.shape[0]
     if at_once >= query.shape[0]:
         return _smooth_statistics(query, key, value, valid, scale=scale, also=also, causal=causal)

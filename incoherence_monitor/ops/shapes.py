@@ -1,14 +1,41 @@
-"""Whether queries, keys, values and masks fit together.
+"""Whether queries, keys, values and masks fit together, and where windows lie in them.
 
 Layer 1: imports torch and errors.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..errors import SettingError
+
+
+class Windows(NamedTuple):
+    """Windows of one length in a batch of longer sequences.
+
+    Attributes:
+        rows: int64 [N], sequence of each window.
+        starts: int64 [N], its first token.
+        length: its tokens; no window reaches beyond its sequence.
+    """
+
+    rows: Tensor
+    starts: Tensor
+    length: int
+
+    def take(self, heads: Tensor) -> Tensor:
+        """Copy the windows out of [B, H, L, d], as [N, H, length, d]."""
+        return heads[self.rows[:, None], :, self._positions()].transpose(1, 2)
+
+    def take_tokens(self, mask: Tensor) -> Tensor:
+        """Copy the windows out of [B, L], as [N, length]."""
+        return mask[self.rows[:, None], self._positions()]
+
+    def _positions(self) -> Tensor:
+        return self.starts[:, None] + torch.arange(self.length, device=self.starts.device)
 
 
 def check_shapes(
