@@ -107,7 +107,7 @@ def flatten(keep: Tensor | None, smooth: Mapping[str, Tensor], core: Tensor) -> 
         Flat float32: keep [N], each statistic, the lower triangles of the cores; and the statistics in their order.
     """
     names = tuple(name for name in STATISTIC_NAMES if name in smooth)
-    rows, columns = _triangle(core.shape[-1])
+    rows, columns = _triangle(core.shape[-1], core.device)
     kept = torch.ones(len(core), device=core.device) if keep is None else keep.float()
     parts = [smooth[name].flatten() for name in names]
     return torch.cat([kept, *parts, core[..., rows, columns].flatten()]), names
@@ -153,9 +153,10 @@ def summarise(layout: Layout, copied: list[tuple[Tensor, list[tuple[LayerInfo, H
     return SampleSums(layout, total, count, non_finite, too_short)
 
 
-def _triangle(dim: int) -> tuple[Tensor, Tensor]:
+def _triangle(dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows and columns of a symmetric matrix's lower triangle: half of it says all."""
-    rows, columns = torch.tril_indices(dim, dim)
+    # Made where they are used: an index that comes from the host is copied, and waited for.
+    rows, columns = torch.tril_indices(dim, dim, device=device)
     return rows, columns
 
 
@@ -172,7 +173,7 @@ def _unpack(
 
     keep = take(number).numpy() > 0
     values = {name: take(number, info.heads(statistic(name).kind)).double().numpy() for name in names}
-    rows, columns = _triangle(info.head_dim)
+    rows, columns = _triangle(info.head_dim, flat.device)
     core = torch.zeros(number, info.query_heads, info.head_dim, info.head_dim, dtype=flat.dtype)
     core[..., rows, columns] = take(number, info.query_heads, len(rows))
     core[..., columns, rows] = core[..., rows, columns]

@@ -11,6 +11,7 @@ Layer 3: imports config for the ladder of lengths, and ops.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -165,7 +166,7 @@ def select_windows(
     rotation = int(draw.integers(batch))
     # Windows at starts take the first sequences of the rotated order, windows at offsets go on from there.
     # float32, as some devices have no float64; rounding may then reach one past the last place, hence the clamps.
-    fraction = torch.from_numpy(np.concatenate([np.zeros(starts), draw.random(offsets)])).float().to(device)
+    fraction = _on_device(np.concatenate([np.zeros(starts), draw.random(offsets)]), device)
     place = torch.arange(number, device=device)
     steps = torch.arange(window, device=device)
     if valid is None:
@@ -185,6 +186,13 @@ def select_windows(
     return Selection(rows, positions, keep)
 
 
+def _on_device(numbers: np.ndarray[Any, np.dtype[np.float64]], device: torch.device) -> Tensor:
+    """Copy a few numbers to the device, as float32, without waiting for it: for a GPU that takes pinned memory."""
+    host = torch.from_numpy(numbers).float()
+    host = host.pin_memory() if device.type == "cuda" else host
+    return host.to(device, non_blocking=device.type != "mps")
+
+
 def _within_documents(
     document_starts: Tensor, valid: Tensor | None, *, window: int, part: tuple[int, int], draw: np.random.Generator
 ) -> Selection:
@@ -199,7 +207,7 @@ def _within_documents(
         count = cumulated[-1]
         # One draw from each of `number` equal parts of the places, which spreads the windows over sequences.
         quantile = (np.arange(number) + draw.random(number)) / max(1, number)
-        wanted = (torch.from_numpy(quantile).float().to(device) * count).long().clamp(max=count - 1)
+        wanted = (_on_device(quantile, device) * count).long().clamp(max=count - 1)
         firsts.append(torch.searchsorted(cumulated, wanted + 1).clamp(max=batch * length - 1))
         kept.append((count > 0).expand(number))
     first, keep = torch.cat(firsts), torch.cat(kept)

@@ -66,7 +66,7 @@ def _less_mean(values, keep, mean, tile, dim, TILE: tl.constexpr):
     """The tile as float32, less the mean's leading part and its remainder."""
     channel = tile * TILE + tl.arange(0, TILE).to(tl.int64)
     leading = tl.load(mean + channel, mask=channel < dim, other=0.0)
-    remainder = tl.load(mean + dim + channel, mask=channel < dim, other=0.0)
+    remainder = tl.load(mean + (dim + channel), mask=channel < dim, other=0.0)
     centred = (values.to(tl.float32) - leading[None, :]) - remainder[None, :]
     return tl.where(keep[:, None], centred, 0.0)
 
@@ -198,7 +198,7 @@ def gram_kernel(
         result -= count * left_i[:, None] * left_j[None, :]
         if tile_i == tile_j:
             tl.store(mean + at * 2 * dim + channel_i, leading_i, mask=channel_i < dim)
-            tl.store(mean + at * 2 * dim + dim + channel_i, left_i, mask=channel_i < dim)
+            tl.store(mean + at * 2 * dim + (dim + channel_i), left_i, mask=channel_i < dim)
     inside = (channel_i < dim)[:, None] & (channel_j < dim)[None, :]
     tl.store(gram + at * dim * dim + channel_i[:, None] * dim + channel_j[None, :], result, mask=inside)
     if tile_i != tile_j:
