@@ -307,3 +307,20 @@ def test_compiled_code_takes_the_operators_whole():
     assert torch.equal(core, expected_core)
     assert sum("incoherence_monitor" in name for name in seen) == 5
     torch.compiler.reset()
+
+
+def test_the_check_for_a_card_passes_and_sees_what_is_off(monkeypatch):
+    check = pytest.importorskip("benchmarks.kernels_check")
+    rows = check.check_kernels("cpu", cases=check.TINY, batch=2, key_heads=1)
+    assert [row["fine"] for row in rows] == [True] * len(check.TINY), check.table(rows)
+    assert rows[1]["errors"]["key_leverage"] < 1e-3
+    # A token too few of every window is one that a kernel would have left out.
+    whole = fused.smooth_statistics
+
+    def short(query, key, *, windows, **more):
+        return whole(query, key, windows=windows._replace(length=windows.length - 1), **more)
+
+    monkeypatch.setattr(fused, "smooth_statistics", short)
+    (row,) = check.check_kernels("cpu", cases=check.TINY[2:], batch=2, key_heads=1)
+    assert not row["fine"]
+    assert "| NO |" in check.table([row])
