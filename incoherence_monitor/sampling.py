@@ -11,7 +11,7 @@ Layer 3: imports aside, ops, records, shares, sums, transfer, windows, capture.b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,13 +23,13 @@ from torch import Tensor
 from .aside import Aside, spare_core
 from .capture import AttentionInput
 from .config import MonitorConfig, check_count
-from .ops import Piece, check_shapes, cut_windows, piece_statistics, shift_residual
+from .ops import check_shapes, cut_windows, piece_statistics, shift_residual, smooth_statistics
 from .records import LayerInfo, Layout
 from .shares import Shares
 from .stats import statistic
 from .sums import Part, SampleSums, part_of, summarise
 from .transfer import to_host, triangle
-from .windows import Place, WindowPlan, choose_window, extend_plan, lengths_of, select_windows
+from .windows import Place, Selection, WindowPlan, choose_window, extend_plan, lengths_of, select_windows
 
 KEEP, CORE = "keep", "core"
 
@@ -131,23 +131,22 @@ class WindowSampler:
             if chosen is None:
                 self.skipped[f"windows for which no sequence had {plan.window} tokens"] += sum(part)
                 return
-            pieces = cut_windows(
-                given.query, given.key, given.value, rows=chosen.rows, firsts=chosen.firsts, window=plan.window
-            )
-            held.parts.append(self._measure(pieces, chosen.keep, given))
+            held.parts.append(self._measure(given, chosen))
 
-    def _measure(
-        self, pieces: Sequence[Piece], keep: Tensor | None, given: AttentionInput
-    ) -> Future[Part] | dict[str, Tensor]:
+    def _measure(self, given: AttentionInput, chosen: Selection) -> Future[Part] | dict[str, Tensor]:
         settings: dict[str, Any] = {"scale": given.scale, "also": self._also, "causal": given.causal}
+        heads = (given.query, given.key, given.value)
         if given.query.device.type != "cpu":
-            return to_be_copied(keep, *piece_statistics(pieces, **settings))
+            query, key, value = heads
+            found = smooth_statistics(query, key, value=value, windows=chosen.windows, **settings)
+            return to_be_copied(chosen.keep, *found)
+        pieces = cut_windows(*heads, windows=chosen.windows)
         if spare_core():
             copies = [piece.copy() for piece in pieces]
             held = sum(piece.bytes for piece in copies)
-            return self.aside.submit(lambda: part_of(keep, *piece_statistics(copies, **settings)), held=held)
+            return self.aside.submit(lambda: part_of(chosen.keep, *piece_statistics(copies, **settings)), held=held)
         smooth, core = piece_statistics(pieces, **settings)
-        return self.aside.submit(lambda: part_of(keep, smooth, core))
+        return self.aside.submit(lambda: part_of(chosen.keep, smooth, core))
 
     def _layer(self, given: AttentionInput, describe: Callable[[AttentionInput], LayerInfo]) -> LayerInfo:
         _, query_heads, _, dim = given.query.shape

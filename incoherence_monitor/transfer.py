@@ -1,6 +1,6 @@
 """From a device to the host and back, without the training stream or the host waiting.
 
-Layer 3: imports torch alone.
+Layer 0: imports torch alone.
 """
 
 from __future__ import annotations
@@ -8,9 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -72,12 +70,12 @@ def _begin(tensors: Sequence[Tensor]) -> Callable[[], Tensor]:
     return arrived
 
 
-def to_device(values: NDArray[np.float32], device: torch.device) -> Tensor:
+def to_device(values: Tensor, device: torch.device) -> Tensor:
     """Copy a few numbers to a device; from pageable memory the host would wait for all that the device has to do."""
-    tensor = torch.from_numpy(values)
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    if values.device == device:
+        return values
+    host = values.pin_memory() if device.type == "cuda" else values
+    return host.to(device, non_blocking=device.type != "mps")
 
 
 @functools.lru_cache(maxsize=64)

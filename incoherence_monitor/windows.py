@@ -5,7 +5,7 @@ half at the start of sequences, where attention sinks live, half at offsets draw
 own, seeded by step, rank and micro-batch. The training run's generators are never touched, and nothing here reads
 back from the device.
 
-Layer 3: imports config for the ladder of lengths, and transfer.
+Layer 3: imports config for the ladder of lengths, ops and transfer.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .config import WINDOW_LADDER, MonitorConfig
+from .ops import Windows
 from .transfer import to_device
 
 
@@ -114,13 +115,11 @@ class Selection:
     """Windows chosen in one batch.
 
     Attributes:
-        rows: [N] int64, sequence of each window; on the host where no mask had to be looked at.
-        firsts: [N] int64, its first token, likewise.
+        windows: where they lie; on the host where no mask had to be looked at.
         keep: [N] bool, False where no sequence was long enough; None if all are to be kept.
     """
 
-    rows: Tensor
-    firsts: Tensor
+    windows: Windows
     keep: Tensor | None
 
 
@@ -165,8 +164,8 @@ def select_windows(
         # Nothing on a device is needed to know them, so they are left on the host.
         rows = torch.from_numpy((np.arange(number) + rotation) % batch)
         first = torch.from_numpy(fractions * np.float32(length - window + 1)).long().clamp(max=length - window)
-        return Selection(rows, first, None)
-    fraction, place = to_device(fractions, device), torch.arange(number, device=device)
+        return Selection(Windows(rows, first, window), None)
+    fraction, place = to_device(torch.from_numpy(fractions), device), torch.arange(number, device=device)
     steps = torch.arange(window, device=device)
     count = valid.sum(dim=1)
     fits = count >= window
@@ -178,7 +177,7 @@ def select_windows(
     first = first.clamp(max=length - window)
     # Valid tokens with holes between them hold no window of consecutive ones where a hole falls inside.
     keep = fits[rows] & valid[rows[:, None], first[:, None] + steps].all(dim=1)
-    return Selection(rows, first, keep)
+    return Selection(Windows(rows, first, window), keep)
 
 
 def _within_documents(
@@ -195,13 +194,13 @@ def _within_documents(
         count = cumulated[-1]
         # One draw from each of `number` equal parts of the places, which spreads the windows over sequences.
         quantile = (np.arange(number) + draw.random(number)) / max(1, number)
-        wanted = (to_device(quantile.astype(np.float32), device) * count).long().clamp(max=count - 1)
+        wanted = (to_device(torch.from_numpy(quantile.astype(np.float32)), device) * count).long().clamp(max=count - 1)
         firsts.append(torch.searchsorted(cumulated, wanted + 1).clamp(max=batch * length - 1))
         kept.append((count > 0).expand(number))
     first, keep = torch.cat(firsts), torch.cat(kept)
     rows = first // length
     begin = (first % length).clamp(max=length - window)
-    return Selection(rows, begin, keep)
+    return Selection(Windows(rows, begin, window), keep)
 
 
 def lengths_of(valid: Tensor | None, document_starts: Tensor | None, length: int) -> Tensor:

@@ -13,11 +13,11 @@ import incoherence_monitor
 
 PACKAGE = Path(incoherence_monitor.__file__).parent
 LAYERS = [
-    {"errors", "reporting", "coverage"},
+    {"errors", "reporting", "coverage", "transfer"},
     {"ops"},
     {"stats", "config", "probe", "records", "messages", "vectors", "baseline", "detectors", "findings", "alerts"}
     | {"commands", "causes", "episodes", "loss"},
-    {"transfer", "aside", "windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
+    {"aside", "windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "history", "judge", "figures", "inbox"},
     {"dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
     {"integrations"},
@@ -36,9 +36,7 @@ SIDEWAYS = {
     "episodes": {"findings", "records", "stats"},
     "alerts": {"causes", "episodes", "findings", "loss", "messages", "records", "stats"},
     "shares": {"windows"},
-    "windows": {"transfer"},
-    "sums": {"transfer"},
-    "sampling": {"aside", "windows", "shares", "sums", "capture", "transfer"},
+    "sampling": {"aside", "windows", "shares", "sums", "capture"},
     "agreement": {"windows", "sums"},
     "distributed": {"windows", "agreement", "capture", "sampling", "sharding", "sums"},
     "judge": {"sums"},
@@ -55,7 +53,7 @@ OPTIONAL = {
     "torch.utils.tensorboard": {"trackers/tensorboard.py"},
     "matplotlib": {"figures.py"},
     "pandas": {"history.py"},
-    "triton": set(),
+    "triton": {"ops/kernels.py"},
     "scipy": set(),
 }
 

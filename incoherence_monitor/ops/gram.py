@@ -9,7 +9,7 @@ work on all windows at once takes five times as long. What is as small as d x d 
 Legend of shape suffixes: B windows, G key heads, R query heads per key head, Q = G * R query heads, L tokens,
 D head dimension, N windows of one piece.
 
-Layer 1: imports torch, errors, constants, logits, pieces, shapes and spectra.
+Layer 1: imports torch, errors, constants, fused, launch, logits, pieces, shapes and spectra.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingError
+from . import fused
 from .constants import KEYS_EQUAL_BELOW
+from .launch import at_hand
 from .logits import ON_REQUEST, logit_statistics
-from .pieces import Piece
-from .shapes import check_shapes, working_dtype
+from .pieces import Piece, cut_windows
+from .shapes import Windows, check_shapes, working_dtype
 from .spectra import cholesky_factor, inverse_of_factor, spectral_statistics, unit_trace
 
 _ELEMENTS_IN_CACHE = 1 << 15
@@ -41,8 +43,12 @@ def smooth_statistics(
     valid: Tensor | None = None,
     also: Collection[str] = (),
     causal: bool | Tensor = True,
+    windows: Windows | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Every statistic that needs no eigenvalues, and the core whose eigenvalues give the others.
+
+    By fused kernels that read the tensors as they lie, where they are on a GPU and Triton is at hand; else by batched
+    torch operations, on a CPU on views, elsewhere on copies of the windows.
 
     Args:
         query: [B, Hq, L, d], any float dtype; shapes already checked.
@@ -52,18 +58,25 @@ def smooth_statistics(
         valid: bool [B, L]; tokens that are False are left out.
         also: of `ON_REQUEST`, those to compute as well.
         causal: whether tokens attend to none after them, for those; a bool tensor [] where that is on the device.
+        windows: where windows lie, N in all; None if each sequence is one, N = B.
 
     Returns:
-        The statistics as float32 [B, Hk] or [B, Hq], NaN where undefined; and the core [B, Hq, d, d], float32,
+        The statistics as float32 [N, Hk] or [N, Hq], NaN where undefined; and the core [N, Hq, d, d], float32,
         symmetric, whose eigenvalues are proportional to the squared singular values of the energy field.
     """
-    whole = Piece(query, key, value, valid)
     if query.device.type == "cpu":
-        parts = [[None] * len(query) if each is None else torch.split(each, 1) for each in whole]
-        pieces = [Piece(*part) for part in zip(*parts, strict=True)]
-    else:
-        pieces = [whole]
-    return piece_statistics(pieces, scale=scale, also=also, causal=causal)
+        pieces = cut_windows(query, key, value, valid, windows=windows)
+        return piece_statistics(pieces, scale=scale, also=also, causal=causal)
+    windows = None if windows is None else windows.on(query.device)
+    if at_hand(query, key, value):
+        return fused.smooth_statistics(
+            query, key, value=value, scale=scale, valid=valid, also=also, causal=causal, windows=windows
+        )
+    if windows is not None:
+        query, key = windows.take(query), windows.take(key)
+        value = None if value is None else windows.take(value)
+        valid = None if valid is None else windows.take_tokens(valid)
+    return piece_statistics([Piece(query, key, value, valid)], scale=scale, also=also, causal=causal)
 
 
 def piece_statistics(

@@ -1,15 +1,15 @@
 """Windows as they are worked on: some of them, or some heads of one, together.
 
-Layer 1: imports torch alone.
+Layer 1: imports torch and shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from .shapes import Windows
 
 
 class Piece(NamedTuple):
@@ -38,37 +38,34 @@ class Piece(NamedTuple):
 
 
 def cut_windows(
-    query: Tensor, key: Tensor, value: Tensor | None, *, rows: Tensor, firsts: Tensor, window: int
+    query: Tensor, key: Tensor, value: Tensor | None, valid: Tensor | None = None, *, windows: Windows | None = None
 ) -> list[Piece]:
-    """Windows of longer sequences: on a CPU views of the model's own memory, one by one; elsewhere together.
+    """Windows one by one, as views of the model's own memory on a CPU.
 
     Args:
         query: [B, Hq, T, d].
         key: [B, Hk, T, d].
         value: [B, Hk, T, dv] or None.
-        rows: int64 [N], the sequence of each window; on the host or where the tensors are.
-        firsts: int64 [N], its first token, in [0, T - window], likewise.
-        window: tokens in a window.
+        valid: bool [B, T] or None.
+        windows: where they lie, N in all; None if each sequence is one.
 
     Returns:
-        Pieces for `piece_statistics`, detached.
+        N pieces of one window each, detached.
     """
     tensors = [None if each is None else each.detach() for each in (query, key, value)]
-    if rows.device.type != "cpu":
-        # Reading the places back would mean to wait for the device.
-        positions = firsts[:, None] + torch.arange(window, device=firsts.device)
-        return [_piece(None if each is None else each[rows[:, None], :, positions].transpose(1, 2) for each in tensors)]
-    cut = [
-        [None if each is None else each[row : row + 1, :, first : first + window] for each in tensors]
-        for row, first in zip(rows.tolist(), firsts.tolist(), strict=True)
-    ]
-    if query.device.type == "cpu":
-        return [_piece(each) for each in cut]
-    return [_piece(None if each[0] is None else torch.cat(each) for each in zip(*cut, strict=True))]
+    if windows is None:
+        places = [(row, slice(None)) for row in range(len(query))]
+    else:
+        rows, starts, length = windows
+        places = [
+            (row, slice(start, start + length)) for row, start in zip(rows.tolist(), starts.tolist(), strict=True)
+        ]
 
+    def cut(row: int, tokens: slice) -> Piece:
+        heads = [None if each is None else each[row : row + 1, :, tokens] for each in tensors]
+        query, key, value = heads
+        assert query is not None
+        assert key is not None
+        return Piece(query, key, value, None if valid is None else valid[row : row + 1, tokens])
 
-def _piece(tensors: Iterable[Tensor | None]) -> Piece:
-    query, key, value = tensors
-    assert query is not None
-    assert key is not None
-    return Piece(query, key, value, None)
+    return [cut(row, tokens) for row, tokens in places]
