@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -16,10 +17,23 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="benchmarks are not 
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+@pytest.fixture(autouse=True)
+def threads_as_they_were():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_main(monkeypatch, name, *given):
+    """Run a benchmark as its command does; its JSON and Markdown."""
+    *_, folder = given
+    monkeypatch.setattr(sys, "argv", [str(FOLDER / f"{name}.py"), *given[:-1], "--out", str(folder)])
+    load(name).main()
+    (page,) = folder.glob("*.md")
+    return json.loads(page.with_suffix(".json").read_text()), page.read_text()
 
 
 def test_scale():
@@ -32,13 +46,50 @@ def test_scale():
     assert module.measure(module.MODELS[0], 2)["percent_every_10"] < 0.01
 
 
-def test_overhead():
+def test_overhead(monkeypatch, tmp_path):
+    """Every variant of ours and the naive ones; the control's ratio stands beside them."""
     pytest.importorskip("transformers")
-    threads = torch.get_num_threads()
-    try:
-        module = load("overhead")
-        result = module.run(2, layers=1, width=64, length=32, batch=2)
-    finally:
-        torch.set_num_threads(threads)
-    assert len(result) == 5
-    assert all(row["wall_ratio"] > 0 and row["process_ratio"] > 0 for row in result.values())
+    only = ["monitor, every=10, *", "monitor, every=100, 2*", "naive*"]
+    given = ["--shape", "tiny", "--rounds", "2", "--warm-up", "1", "--only", *only]
+    found, page = run_main(monkeypatch, "overhead", *given, tmp_path)
+    result = found["results"]["tiny"]
+    rows = {row["variant"]: row for row in result["rows"]}
+    assert len(rows) == 9
+    assert rows["unmonitored"]["process, total"] == 1.0
+    for name, row in rows.items():
+        if "every=100" in name:
+            assert "10 rounds" in row["not measured"]
+            continue
+        low, high = row["process, 95%"]
+        assert 0 < low <= row["process, total"] <= high
+        assert ("process, sampled step" in row) == ("every" in name)
+    assert "python benchmarks/overhead.py" in found["command"]
+    assert all(name in page for name in rows)
+
+
+def test_overhead_names_who_is_left_out(monkeypatch):
+    pytest.importorskip("transformers")
+    peers, workloads = load("peers"), load("workloads")
+    broken = {
+        "absent": ("no_such_module", "no-such-package", peers.Entropies),
+        "broken": ("json", "json", lambda work, *, every: 1 / 0),
+        "naive output_attentions": peers.PEERS["naive output_attentions"],
+    }
+    monkeypatch.setattr(peers, "PEERS", broken)
+    work = workloads.Workload(workloads.SHAPES["tiny"])
+    found, left_out = peers.peers(work, wanted=lambda name: name.endswith("=1"))
+    assert [one.name for one in found] == ["naive output_attentions, every=1"]
+    assert len(found[0].latest[0]) == 2
+    assert "pip install no-such-package" in left_out["absent"]
+    assert "ZeroDivisionError" in left_out["broken"]
+
+
+def test_a_twin_shares_weights_and_nothing_else():
+    pytest.importorskip("transformers")
+    workloads = load("workloads")
+    work = workloads.Workload(workloads.SHAPES["tiny"])
+    twin = work.twin()
+    for mine, other in zip(work.model.parameters(), twin.parameters(), strict=True):
+        assert mine is other
+    for mine, other in zip(work.model.modules(), twin.modules(), strict=True):
+        assert mine is not other
