@@ -93,3 +93,13 @@ def test_a_twin_shares_weights_and_nothing_else():
         assert mine is other
     for mine, other in zip(work.model.modules(), twin.modules(), strict=True):
         assert mine is not other
+
+
+def test_startup(monkeypatch, tmp_path):
+    """Importing the package brings in nothing that is used later alone."""
+    pytest.importorskip("transformers")
+    given = ["--imports", "1", "--shape", "tiny", "--compiled-shape", "none"]
+    found, _ = run_main(monkeypatch, "startup", *given, tmp_path)
+    assert found["import"]["imported though not used"] == []
+    assert [row["monitor"] for row in found["steps"]] == ["unwatched", "watched"]
+    assert found["steps"][1]["attach"] > 0
