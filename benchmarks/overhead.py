@@ -4,9 +4,11 @@
 
 Every round runs one block of steps of every variant in random order, two of them unmonitored: their difference is the
 noise (A/A). A block's cost is its total time, what is judged, written and waited for at its end included, over the
-mean of the round's two unmonitored blocks; the table has the ratio of totals over all rounds and the 95% interval of a
-bootstrap over blocks. An interval longer than a block takes several rounds, which then count as one block. "sampled
-step" is the median of the steps that were sampled over the median of the unmonitored ones of the same round.
+mean of the round's two unmonitored blocks; "total" is the ratio of totals over all rounds, with the 95% interval of a
+bootstrap over blocks. Neighbours on a shared machine disturb totals; "by medians" is the median over blocks of the
+cost that a block would have were every step of it, sampled or not, the median of its kind. An interval longer than a
+block takes several rounds, which then count as one block. "sampled step" is the median of the steps that were sampled
+over the median of the unmonitored ones of the same round.
 Process time is the CPU time of all threads of this process, wall time what the clock shows; on a GPU, time of the
 training stream.
 """
@@ -15,10 +17,10 @@ from __future__ import annotations
 
 import fnmatch
 import random
-import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ MONITORS = ((1, 2), (1, 8), (10, 2), (10, 8), (100, 2), (100, 8))
 """Interval and windows of each monitored variant."""
 PACKAGES = ("transformers", "wandb", "trainscope", "pulsegrad", "mindstudio-probe")
 KINDS = ("process", "wall")
+WORDS = {"process": "CPU time of the process", "wall": "the clock"}
 
 
 @dataclass(frozen=True)
@@ -188,37 +191,51 @@ def measure(
 
 
 def row(variant: Variant, blocks: dict[str, list[Block]], block: int) -> dict[str, Any]:
-    """One variant's line: ratio of totals with interval, the sampled step, and milliseconds a sample adds."""
-    mine = np.array([one.total for one in blocks[variant.name]])
-    first, second = (np.array([one.total for one in blocks[name]]) for name in ("unmonitored", CONTROL))
+    """One variant's line: ratios of totals and of medians, each with its interval, and the sampled step."""
+    mine, first, second = (blocks[name] for name in (variant.name, "unmonitored", CONTROL))
     # The second control is held against the first: against a mean that holds itself it would look too good.
-    base = first if variant.name in ("unmonitored", CONTROL) else (first + second) / 2
+    controls = [first] if variant.name in ("unmonitored", CONTROL) else [first, second]
     together = max(1, -(-variant.every // block))
-    whole = len(mine) // together * together
+    groups = [slice(at, at + together) for at in range(0, len(mine) - together + 1, together)]
     result: dict[str, Any] = {"variant": variant.name, "measures": variant.measures}
-    if not whole:
+    if not groups:
         return result | {"not measured": f"{variant.every} steps need {together} rounds"}
-    joined = [each[:whole].reshape(-1, together, 2).sum(axis=1) for each in (mine, base)]
-    steps = [
-        (one.steps[one.sampled], np.concatenate([plain.steps, again.steps]))
-        for one, plain, again in zip(blocks[variant.name], blocks["unmonitored"], blocks[CONTROL], strict=True)
-        if one.sampled.any()
+    totals = np.array([sum(one.total for one in mine[group]) for group in groups])
+    base = np.array([sum(one.total for each in controls for one in each[group]) for group in groups]) / len(controls)
+    usual = [
+        np.median([step for each in controls for one in each[group] for step in one.steps], axis=0) for group in groups
     ]
+    typical = [of_medians(mine[group]) for group in groups]
     for at, kind in enumerate(KINDS):
-        result[f"{kind}, total"] = float(joined[0][:, at].sum() / joined[1][:, at].sum())
-        result[f"{kind}, 95%"] = bootstrap(joined[0][:, at], joined[1][:, at])
-        result[f"{kind}, median block"] = float(np.median(joined[0][:, at] / joined[1][:, at]))
-        if steps:
-            ratios = [float(np.median(s[:, at]) / np.median(p[:, at])) for s, p in steps]
-            result[f"{kind}, sampled step"] = statistics.median(ratios)
+        result[f"{kind}, total"] = float(totals[:, at].sum() / base[:, at].sum())
+        result[f"{kind}, total 95%"] = bootstrap(
+            lambda drawn, at=at: totals[drawn, at].sum() / base[drawn, at].sum(), len(groups)
+        )
+        ratios = np.array([one[at] / step[at] for (one, _), step in zip(typical, usual, strict=True)])
+        result[f"{kind}, by medians"] = float(np.median(ratios))
+        result[f"{kind}, by medians 95%"] = bootstrap(
+            lambda drawn, ratios=ratios: np.median(ratios[drawn]), len(groups)
+        )
+        sampled = [s[at] / step[at] for (_, s), step in zip(typical, usual, strict=True) if s is not None]
+        if sampled:
+            result[f"{kind}, sampled step"] = float(np.median(sampled))
     return result
 
 
-def bootstrap(mine: np.ndarray, base: np.ndarray, *, draws: int = 2000) -> list[float]:
-    """The middle 95% of the ratio of totals over draws of blocks, with their controls, with replacement."""
-    drawn = np.random.default_rng(0).integers(0, len(mine), (draws, len(mine)))
-    ratios = mine[drawn].sum(axis=1) / base[drawn].sum(axis=1)
-    return [float(each) for each in np.quantile(ratios, [0.025, 0.975])]
+def of_medians(blocks: list[Block]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Seconds a step of some blocks, were every step the median of its kind; and of the sampled ones alone."""
+    steps = np.concatenate([one.steps for one in blocks])
+    sampled = np.concatenate([one.sampled for one in blocks])
+    ends = sum(one.total - one.steps.sum(axis=0) for one in blocks)
+    kinds = [(np.median(steps[kind], axis=0), kind.sum()) for kind in (sampled, ~sampled) if kind.any()]
+    mean = (sum(middle * number for middle, number in kinds) + ends) / len(steps)
+    return mean, kinds[0][0] if sampled.any() else None
+
+
+def bootstrap(of: Callable[[np.ndarray], float], number: int, *, draws: int = 2000) -> list[float]:
+    """The middle 95% of a figure over draws of blocks, with their controls, with replacement."""
+    drawn = np.random.default_rng(0).integers(0, number, (draws, number))
+    return [float(each) for each in np.quantile([of(one) for one in drawn], [0.025, 0.975])]
 
 
 def page(results: dict[str, dict[str, Any]]) -> list[str]:
@@ -231,16 +248,24 @@ def page(results: dict[str, dict[str, Any]]) -> list[str]:
             f"{result['workload']}. An unmonitored step takes {step['process']:.3f} s of CPU, {step['wall']:.3f} s by "
             f"the clock; {result['rounds']} rounds of blocks of {result['block']} steps.", "",
         ]  # fmt: skip
-        rows = []
-        for each in result["rows"]:
-            shown = {
-                key: f"{value[0]:.3f} to {value[1]:.3f}" if isinstance(value, list) else value
-                for key, value in each.items()
-            }
-            rows.append({key: f"{value:.3f}" if isinstance(value, float) else value for key, value in shown.items()})
-        lines += [*results_file.table(rows), ""]
+        for kind in KINDS:
+            rows = []
+            for each in result["rows"]:
+                shown = {
+                    key.removeprefix(f"{kind}, "): _text(value)
+                    for key, value in each.items()
+                    if key in ("variant", "measures", "not measured") or key.startswith(kind)
+                }
+                rows.append(shown)
+            lines += [f"By {WORDS[kind]}, as ratios to unmonitored:", "", *results_file.table(rows), ""]
         lines += [f"Left out: {peer}, {why}." for peer, why in result["left out"].items()]
     return lines
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(f"{each:.3f}" for each in value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:

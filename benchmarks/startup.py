@@ -60,9 +60,9 @@ def fresh(*given: str, **environment: str) -> dict[str, Any]:
 def imports(number: int) -> dict[str, Any]:
     """Import times over `number` pairs of interpreters, seconds."""
     alone, ours = [], []
-    for at in range(number + 1):
+    for at in range(number + (number > 1)):
         pair = fresh("-c", IMPORT.format(then="")), fresh("-c", IMPORT.format(then="import incoherence_monitor"))
-        if at:  # The first pair reads the files from disk.
+        if at or number == 1:  # The first pair reads the files from disk.
             alone.append(pair[0])
             ours.append(pair[1])
     medians = {kind: statistics.median(one[f"then {kind}"] for one in ours) for kind in ("wall", "process")}

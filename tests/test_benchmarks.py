@@ -60,7 +60,7 @@ def test_overhead(monkeypatch, tmp_path):
         if "every=100" in name:
             assert "10 rounds" in row["not measured"]
             continue
-        low, high = row["process, 95%"]
+        low, high = row["process, total 95%"]
         assert 0 < low <= row["process, total"] <= high
         assert ("process, sampled step" in row) == ("every" in name)
     assert "python benchmarks/overhead.py" in found["command"]
@@ -103,3 +103,18 @@ def test_startup(monkeypatch, tmp_path):
     assert found["import"]["imported though not used"] == []
     assert [row["monitor"] for row in found["steps"]] == ["unwatched", "watched"]
     assert found["steps"][1]["attach"] > 0
+
+
+def test_ops(monkeypatch, tmp_path):
+    """The definition that is timed is the definition: it agrees with the reference, as do the statistics."""
+    given = ["--layers", "tiny", "--lengths", "64", "--no-compile"]
+    found, _ = run_main(monkeypatch, "ops", *given, tmp_path)
+    (row,) = found["layers"]
+    assert row["largest error"] < 1e-4
+    assert row["r90 equal"] == 1.0
+    assert found["against svdvals"][0]["times faster"] > 0
+    module = load("ops")
+    query, key = module.TINY.tensors("cpu", torch.float32)
+    off = module.error(module.by_definition(query, key), module.reference.head_statistics(query, key))
+    assert off["largest error"] < 1e-4
+    assert off["r90 equal"] == 1.0
