@@ -118,3 +118,13 @@ def test_ops(monkeypatch, tmp_path):
     off = module.error(module.by_definition(query, key), module.reference.head_statistics(query, key))
     assert off["largest error"] < 1e-4
     assert off["r90 equal"] == 1.0
+
+
+def test_growth(monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    given = ["--lengths", "256", "1024", "--layer-lengths", "256", "--models", "1x2", "2x2"]
+    found, _ = run_main(monkeypatch, "growth", *given, tmp_path)
+    assert [row["L"] for row in found["lengths"]] == [256, 1024]
+    assert all(row["window statistics, ms"] > 0 for row in found["lengths"])
+    assert found["lengths"][0]["one layer, ms"] > 0
+    assert [row["heads"] for row in found["models"]] == [2, 4]
