@@ -128,3 +128,16 @@ def test_growth(monkeypatch, tmp_path):
     assert all(row["window statistics, ms"] > 0 for row in found["lengths"])
     assert found["lengths"][0]["one layer, ms"] > 0
     assert [row["heads"] for row in found["models"]] == [2, 4]
+
+
+def test_memory(monkeypatch, tmp_path):
+    """In this process, where the command takes a fresh one for each."""
+    pytest.importorskip("transformers")
+    module = load("memory")
+    monkeypatch.setattr(module, "child", lambda kind, *given: getattr(module, kind)(*given))
+    given = ["--shape", "tiny", "--only", "monitor, 2 windows", "naive output_attentions"]
+    found, _ = run_main(monkeypatch, "memory", *given, tmp_path)
+    plain, monitored, naive = found["results"]["tiny"]
+    assert plain["variant"] == "unmonitored"
+    assert monitored["extra, MB"] < monitored["allowed, MB"] == 16.0
+    assert plain["peak of tensors, MB"] < naive["peak of tensors, MB"] < 1
