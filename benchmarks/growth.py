@@ -12,6 +12,7 @@ stream on a GPU.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -126,14 +127,19 @@ def by_heads(
     return rows
 
 
+def parser() -> argparse.ArgumentParser:
+    """What can be set."""
+    result = results_file.arguments(__doc__)
+    result.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
+    result.add_argument("--layer-lengths", type=int, nargs="*", default=[256, 1024, 4096])
+    result.add_argument("--models", nargs="+", default=[f"{layers}x{heads}" for layers, heads in MODELS])
+    result.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    return result
+
+
 def main() -> None:
     """Measure and write both files."""
-    parser = results_file.arguments(__doc__)
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
-    parser.add_argument("--layer-lengths", type=int, nargs="*", default=[256, 1024, 4096])
-    parser.add_argument("--models", nargs="+", default=[f"{layers}x{heads}" for layers, heads in MODELS])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    given = parser.parse_args()
+    given = parser().parse_args()
     torch.set_num_threads(1)
     lengths = by_length(given.lengths, given.layer_lengths, device=given.device)
     layers_heads = [tuple(int(part) for part in model.split("x")) for model in given.models]

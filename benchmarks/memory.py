@@ -123,15 +123,20 @@ def measure(shape: str, device: str, only: list[str], *, whole: bool = True) -> 
     return rows
 
 
+def parser() -> argparse.ArgumentParser:
+    """What can be set."""
+    result = results_file.arguments(__doc__)
+    result.add_argument("--shape", nargs="+", choices=sorted(SHAPES), default=["llama-5m", "gpt2-124m"])
+    result.add_argument("--only", nargs="+", default=["*"], help="globs of variants")
+    result.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    result.add_argument("--tensors-only", action="store_true", help="leave the resident memory of processes out")
+    result.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    return result
+
+
 def main() -> None:
     """Measure and write both files; as a child, measure one thing and print it."""
-    parser = results_file.arguments(__doc__)
-    parser.add_argument("--shape", nargs="+", choices=sorted(SHAPES), default=["llama-5m", "gpt2-124m"])
-    parser.add_argument("--only", nargs="+", default=["*"], help="globs of variants")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--tensors-only", action="store_true", help="leave the resident memory of processes out")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parser().parse_args()
     torch.set_num_threads(1)
     if given.child:
         kind, shape, name = given.child

@@ -11,6 +11,7 @@ Against the singular values of E: all statistics of one window and head against 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,15 +158,20 @@ def against_svd(
     return rows
 
 
+def parser() -> argparse.ArgumentParser:
+    """What can be set."""
+    result = results_file.arguments(__doc__)
+    result.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    result.add_argument("--dtype", help="of queries and keys; bfloat16 on a GPU, float32 on a CPU")
+    result.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096], help="of windows against svdvals")
+    result.add_argument("--layers", nargs="+", default=[layer.name for layer in LAYERS])
+    result.add_argument("--no-compile", action="store_true", help="leave the compiled definition out")
+    return result
+
+
 def main() -> None:
     """Measure and write both files."""
-    parser = results_file.arguments(__doc__)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", help="of queries and keys; bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096], help="of windows against svdvals")
-    parser.add_argument("--layers", nargs="+", default=[layer.name for layer in LAYERS])
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled definition out")
-    given = parser.parse_args()
+    given = parser().parse_args()
     torch.set_num_threads(1)
     dtype = getattr(torch, given.dtype or ("bfloat16" if given.device == "cuda" else "float32"))
     # The rate of float32 on a CPU and of the dtype itself on a GPU: what a faultless kernel could use.

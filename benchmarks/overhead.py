@@ -15,6 +15,7 @@ training stream.
 
 from __future__ import annotations
 
+import argparse
 import fnmatch
 import random
 import sys
@@ -268,19 +269,24 @@ def _text(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
+def parser() -> argparse.ArgumentParser:
+    """What can be set."""
+    result = results_file.arguments(__doc__)
+    result.add_argument("--shape", nargs="+", choices=sorted(SHAPES), default=["llama-5m", "gpt2-124m"])
+    result.add_argument("--rounds", type=int, default=20, help="blocks of every variant")
+    result.add_argument("--block", type=int, default=10, help="steps of a block")
+    result.add_argument("--seconds", type=float, default=float("inf"), help="no new round of a shape after so many")
+    result.add_argument("--only", nargs="+", default=["*"], help="globs of variants, such as 'monitor, every=10*'")
+    result.add_argument("--warm-up", type=int, default=26, help="samples before; 24 arm the baselines")
+    result.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    result.add_argument("--threads", type=int, default=1)
+    result.add_argument("--name", default="overhead", help="of the files written")
+    return result
+
+
 def main() -> None:
     """Measure and write both files."""
-    parser = results_file.arguments(__doc__)
-    parser.add_argument("--shape", nargs="+", choices=sorted(SHAPES), default=["llama-5m", "gpt2-124m"])
-    parser.add_argument("--rounds", type=int, default=20, help="blocks of every variant")
-    parser.add_argument("--block", type=int, default=10, help="steps of a block")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="no new round of a shape after so many")
-    parser.add_argument("--only", nargs="+", default=["*"], help="globs of variants, such as 'monitor, every=10*'")
-    parser.add_argument("--warm-up", type=int, default=26, help="samples before; 24 arm the baselines")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--name", default="overhead", help="of the files written")
-    given = parser.parse_args()
+    given = parser().parse_args()
     torch.set_num_threads(given.threads)
     results = {}
     for name in given.shape:

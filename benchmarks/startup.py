@@ -119,17 +119,24 @@ def first_steps(shape: str, device: str, *, compiled: bool, watched: bool) -> di
     return result
 
 
+def parser() -> argparse.ArgumentParser:
+    """What can be set."""
+    from benchmarks import results_file
+
+    result = results_file.arguments(__doc__)
+    result.add_argument("--imports", type=int, default=15, help="pairs of interpreters")
+    result.add_argument("--shape", default="llama-5m")
+    result.add_argument("--compiled-shape", default="tiny", help="shape of the compiled runs; 'none' leaves them out")
+    result.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    result.add_argument("--child", help=argparse.SUPPRESS)
+    return result
+
+
 def main() -> None:
     """Measure and write both files; as a child, measure one thing and print it."""
     from benchmarks import results_file
 
-    parser = results_file.arguments(__doc__)
-    parser.add_argument("--imports", type=int, default=15, help="pairs of interpreters")
-    parser.add_argument("--shape", default="llama-5m")
-    parser.add_argument("--compiled-shape", default="tiny", help="shape of the compiled runs; 'none' leaves them out")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parser().parse_args()
     if given.child:
         shape, compiled, watched = given.child.split(",")
         found = first_steps(shape, given.device, compiled=compiled == "compiled", watched=watched == "watched")

@@ -96,8 +96,18 @@ def test_a_twin_shares_weights_and_nothing_else():
 
 
 def test_startup(monkeypatch, tmp_path):
-    """Importing the package brings in nothing that is used later alone."""
+    """Importing the package brings in nothing that is used later alone; the first steps run in this process."""
     pytest.importorskip("transformers")
+    module = load("startup")
+    fresh = module.fresh
+
+    def here(*given, **environment):
+        if given[0] == "-c":
+            return fresh(*given, **environment)
+        shape, how, watched = given[-1].split(",")
+        return module.first_steps(shape, "cpu", compiled=how == "compiled", watched=watched == "watched")
+
+    monkeypatch.setattr(module, "fresh", here)
     given = ["--imports", "1", "--shape", "tiny", "--compiled-shape", "none"]
     found, _ = run_main(monkeypatch, "startup", *given, tmp_path)
     assert found["import"]["imported though not used"] == []
@@ -141,3 +151,86 @@ def test_memory(monkeypatch, tmp_path):
     assert plain["variant"] == "unmonitored"
     assert monitored["extra, MB"] < monitored["allowed, MB"] == 16.0
     assert plain["peak of tensors, MB"] < naive["peak of tensors, MB"] < 1
+
+
+def event(name, start, length, *, tid=1, cat="cpu_op", **args):
+    return {"ph": "X", "name": name, "ts": start, "dur": length, "tid": tid, "cat": cat, "args": args}
+
+
+def trace_of(*extra):
+    """An unmonitored step that waits once, and a sampled one after it; with a worker that may wait."""
+    module = load("gpu")
+    return [
+        {"ph": "M", "name": "thread_name", "tid": 1},
+        event(module.PLAIN, 0, 100, cat="user_annotation"),
+        event("aten::item", 10, 1),
+        event(module.SAMPLED, 200, 100, cat="user_annotation"),
+        event(module.SAMPLED, 200, 90, tid=7, cat="gpu_user_annotation"),
+        event("aten::item", 210, 1),
+        event("autograd::engine::evaluate_function: MmBackward0", 250, 20, tid=2),
+        event("aten::_scaled_dot_product_flash_attention", 205, 3),
+        event("cudaMemcpyAsync", 280, 1, cat="cuda_runtime", correlation=4),
+        event("Memcpy DtoH (Device -> Pinned)", 285, 5, tid=7, cat="gpu_memcpy", correlation=4),
+        event("cudaEventSynchronize", 290, 5, tid=3, cat="cuda_runtime"),
+        event("cudaDeviceSynchronize", 310, 5, cat="cuda_runtime"),
+        *extra,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("extra", "added"),
+    [
+        ([], {}),
+        ([event("cudaStreamSynchronize", 220, 5, cat="cuda_runtime")], {"cudaStreamSynchronize": 1}),
+        ([event("aten::_local_scalar_dense", 255, 5, tid=2)], {"aten::_local_scalar_dense": 1}),
+        ([event("aten::item", 211, 1)], {"aten::item": 1}),
+        (
+            [
+                event("cudaMemcpyAsync", 260, 9, cat="cuda_runtime", correlation=5),
+                event("Memcpy DtoH (Device -> Pageable)", 262, 5, tid=7, cat="gpu_memcpy", correlation=5),
+            ],
+            {"Memcpy DtoH (Device -> Pageable)": 1},
+        ),
+    ],
+)
+def test_a_trace_tells_what_sampling_adds(extra, added):
+    """Waits of the training and the backward thread within a sampled step, beyond those of an unmonitored one."""
+    found = load("gpu").judge(trace_of(*extra))
+    assert found["waits that sampling adds"] == added
+    assert found["waits of an unmonitored step"] == {"aten::item": 1}
+    assert found["attention"] == ["aten::_scaled_dot_product_flash_attention"]
+
+
+def test_a_trace_without_steps_is_refused():
+    with pytest.raises(ValueError, match="0 unmonitored and 0 sampled"):
+        load("gpu").judge([event("aten::mm", 0, 1)])
+
+
+def test_a_recorded_trace_is_read(tmp_path):
+    pytest.importorskip("transformers")
+    module = load("gpu")
+    module.record("tiny", tmp_path / "trace.json", device="cpu", steps=2)
+    found = module.judge(module.traces.load(tmp_path / "trace.json"))
+    assert found["steps"] == 2
+    assert found["attention"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_without_one(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py"])
+    assert load("gpu").main() == 2
+    assert capsys.readouterr().err.count(".") == 1
+
+
+def test_gpu_runs_commands_that_exist(tmp_path):
+    """Every part is a script that knows the options it is given."""
+
+    for quick in (False, True):
+        parts = load("gpu").commands("tiny", tmp_path, quick=quick)
+        assert {"kernels", "overhead", "memory", "ops", "growth", "startup"} <= set(parts)
+        for name, command in parts.items():
+            if not name.startswith("kernels"):
+                module, given = load(Path(command[1]).stem), command[2:]
+                assert (FOLDER.parent / command[1]).is_file()
+                assert module.parser().parse_args(given)
+    assert load("gpu").run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log") == "ended with 3, see log"
