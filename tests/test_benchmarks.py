@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,14 +37,40 @@ def run_main(monkeypatch, name, *given):
     return json.loads(page.with_suffix(".json").read_text()), page.read_text()
 
 
-def test_scale():
+def test_scale(monkeypatch, tmp_path):
     """The message of a sample is what docs/scale.md says it is: under a ten-thousandth of a step's traffic."""
     module = load("scale")
-    for model in module.MODELS[1:4]:
-        result = module.measure(model, 2)
+    monkeypatch.setattr(module, "MODELS", module.MODELS[:4])
+    found, _ = run_main(monkeypatch, "scale", "--samples", "2", tmp_path)
+    first, *larger = found["result"].values()
+    for result in larger:
         assert result["message_bytes"] < 9 * result["streams"]
         assert result["percent_every_1"] < 0.01
-    assert module.measure(module.MODELS[0], 2)["percent_every_10"] < 0.01
+    assert first["percent_every_10"] < 0.01
+
+
+def test_judging(monkeypatch, tmp_path):
+    module = load("judging")
+    monkeypatch.setattr(module, "SIZES", ((1, 2),))
+    monkeypatch.setattr(module, "measure", partial(module.measure, warm_up=2, measured=1))
+    found, _ = run_main(monkeypatch, "judging", tmp_path)
+    assert found["rows"][0]["streams"] > 0
+
+
+def test_unchanged(monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    found, page = run_main(monkeypatch, "unchanged", "--cases", "1", "--steps", "2", tmp_path)
+    assert found["rows"][0]["monitored differs by"] == 0.0
+    assert "| 0.0 |" in page
+
+
+def test_shift_residual(monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    given = ["--device", "cpu", "--lengths", "32", "--samples", "1"]
+    monkeypatch.setattr(load("shift_residual"), "DTYPES", ("float32",))
+    found, _ = run_main(monkeypatch, "shift_residual", *given, tmp_path)
+    assert all(row["largest"] < 1e-5 for row in found["floors"])
+    assert found["errors"]
 
 
 def test_overhead(monkeypatch, tmp_path):
@@ -63,7 +90,8 @@ def test_overhead(monkeypatch, tmp_path):
         low, high = row["process, total 95%"]
         assert 0 < low <= row["process, total"] <= high
         assert ("process, sampled step" in row) == ("every" in name)
-    assert "python benchmarks/overhead.py" in found["command"]
+    assert found["command"].startswith("python benchmarks/overhead.py --shape tiny")
+    assert str(tmp_path) not in page
     assert all(name in page for name in rows)
 
 
