@@ -18,7 +18,7 @@ LAYERS = [
     {"stats", "config", "probe", "records", "messages", "vectors", "baseline", "detectors", "findings", "alerts"}
     | {"commands", "causes", "episodes", "loss"},
     {"windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
-    | {"trackers", "history", "judge", "figures", "inbox"},
+    | {"trackers", "history", "judge", "figures", "field", "inbox"},
     {"dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
     {"integrations"},
     {"demo", "cli", ""},
@@ -51,7 +51,7 @@ OPTIONAL = {
     "wandb": {"trackers/wandb.py"},
     "tensorboard": {"trackers/tensorboard.py"},
     "torch.utils.tensorboard": {"trackers/tensorboard.py"},
-    "matplotlib": {"figures.py"},
+    "matplotlib": {"figures.py", "field.py"},
     "pandas": {"history.py"},
     "triton": set(),
     "scipy": set(),

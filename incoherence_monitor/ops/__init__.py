@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from .gram import head_statistics, interaction_rank, smooth_statistics, spectral_statistics
+from .reference import energy_field
 from .shapes import check_shapes
 from .shift import shift_residual, shift_vector
 
 __all__ = [
     "check_shapes",
+    "energy_field",
     "head_statistics",
     "interaction_rank",
     "shift_residual",
