@@ -20,7 +20,7 @@ LAYERS = [
     {"windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "history", "judge", "figures", "field", "inbox"},
     {"dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
-    {"integrations"},
+    {"integrations", "audit"},
     {"demo", "cli", ""},
 ]
 SIDEWAYS = {
@@ -46,14 +46,15 @@ SIDEWAYS = {
     "cli": {"demo", ""},
 }
 OPTIONAL = {
-    "transformers": {"capture/routed.py", "integrations/transformers.py", "demo.py"},
+    "transformers": {"capture/routed.py", "integrations/transformers.py", "demo.py", "audit/loading.py"},
     "accelerate": set(),
     "wandb": {"trackers/wandb.py"},
     "tensorboard": {"trackers/tensorboard.py"},
     "torch.utils.tensorboard": {"trackers/tensorboard.py"},
-    "matplotlib": {"figures.py", "field.py"},
+    "matplotlib": {"figures.py", "field.py", "audit/pictures.py", "audit/result.py", "audit/page.py"},
     "pandas": {"history.py"},
     "triton": set(),
+    "tqdm": {"audit/progress.py"},
     "scipy": set(),
 }
 
