@@ -43,6 +43,7 @@ SIDEWAYS = {
     "pipeline": {"dashboard"},
     "steering": {"pipeline"},
     "monitor": {"pipeline", "state", "dashboard", "steering", "watching"},
+    "audit": {""},
     "cli": {"demo", ""},
 }
 OPTIONAL = {
