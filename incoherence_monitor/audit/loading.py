@@ -6,9 +6,10 @@ Layer 5: imports errors; transformers when a model is loaded.
 from __future__ import annotations
 
 import importlib.util
+import io
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,14 +169,8 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars where nobody looks."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
+    """No progress bars where nobody looks; not every part of transformers asks whether they are wanted."""
+    with ExitStack() as stack:
+        if not sys.stderr.isatty():
+            stack.enter_context(redirect_stderr(io.StringIO()))
         yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

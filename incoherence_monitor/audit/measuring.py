@@ -77,7 +77,16 @@ class Measuring:
             except Exception as error:
                 self._raised = error
 
-    def _run(self, ids: Tensor, receive: Callable[[AttentionInput], None]) -> None:
+    def feed(self, ids: Tensor, receive: Callable[[AttentionInput], None]) -> None:
+        """One forward.
+
+        Args:
+            ids: int64 [tokens].
+            receive: called with the queries and keys of every attention layer.
+
+        Raises:
+            ModelError: if the forward fails or memory runs out.
+        """
         self._receive = receive
         try:
             self._capture.arm()
@@ -107,7 +116,7 @@ class Measuring:
                     self._rank(given, projections)
                 self._layer(given, text, found)
 
-            self._run(ids, receive)
+            self.feed(ids, receive)
         unseen = dict.fromkeys(self._capture.unseen(), self._capture.probable_cause())
         for layer, why in (unseen | self._capture.doubtful() | self._capture.why_unseen | self._told.of_layer).items():
             if layer not in self._layers:
@@ -184,7 +193,7 @@ class Measuring:
                     kept = (each.float().cpu().clone() for each in (query, key))
                     found[layer.name, head] = HeadField(layer.name, layer.index, head, why, text, given.scale, *kept)
 
-        self._run(ids, receive)
+        self.feed(ids, receive)
         return tuple(found[layer.name, head] for layer, head, _ in chosen)
 
 
