@@ -40,6 +40,7 @@ def build(kind):
         "falcon": lambda: transformers.FalconConfig(
             num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True, alibi=False, **SIZES
         ),
+        "bloom": lambda: transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4),
         "persimmon": lambda: transformers.PersimmonConfig(num_attention_heads=4, pad_token_id=0, **SIZES),
     }[kind]()
     return transformers.AutoModelForCausalLM.from_config(config)
@@ -56,12 +57,13 @@ def projections(kind, model, layer):
         "gpt2": lambda: model.transformer.h[layer].attn,
         "gpt_neox": lambda: model.gpt_neox.layers[layer].attention,
         "falcon": lambda: model.transformer.h[layer].self_attention,
+        "bloom": lambda: model.transformer.h[layer].self_attention,
     }.get(kind, lambda: model.model.layers[layer].self_attn)()
     if kind == "gpt2":
         # Conv1D keeps [in, out]; queries, keys and values lie behind each other.
         fused = attention.c_attn.weight.T
         return fused[:32].reshape(4, 8, 32), fused[32:64].reshape(4, 8, 32)
-    if kind == "gpt_neox":
+    if kind in ("gpt_neox", "bloom"):
         by_head = attention.query_key_value.weight.reshape(4, 24, 32)
         return by_head[:, :8], by_head[:, 8:16]
     if kind == "falcon":
@@ -74,7 +76,7 @@ def projections(kind, model, layer):
     return attention.q_proj.weight.reshape(4, 8, 32), attention.k_proj.weight.reshape(-1, 8, 32)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "qwen3", "phi3", "falcon"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "qwen3", "phi3", "falcon", "bloom"])
 def test_every_head_is_measured_and_its_interaction_rank_is_that_of_its_own_weights(kind):
     model = build(kind)
     # Rows of different lengths give every head a rank of its own, so that a wrong split shows.
@@ -103,6 +105,27 @@ def test_every_head_is_measured_and_its_interaction_rank_is_that_of_its_own_weig
         ranks = result.of_layer("energy_rank", layer, 16)
         np.testing.assert_allclose(result.of_layer("spectral_gap", layer, 16), found / ranks)
     assert len(seen) >= 3
+
+
+class Plain(torch.nn.Module):
+    """A model that is not of transformers, whose forward takes token numbers by position."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(64, 32)
+        self.layer = torch.nn.TransformerEncoderLayer(32, 4, dim_feedforward=64, batch_first=True)
+
+    def forward(self, numbers):
+        return self.layer(self.embed(numbers))
+
+
+def test_a_model_that_is_not_of_transformers_is_scanned_too():
+    model = Plain()
+    result = scan(model, IDS, lengths=(16,))
+    assert [layer.name for layer in result.layout.layers] == ["layer.self_attn"]
+    w_q, w_k = model.layer.self_attn.in_proj_weight[:64].reshape(2, 4, 8, 32)
+    assert result.interaction_ranks.tolist() == [rank_by_hand(w_q[head], w_k[head]) for head in range(4)]
+    assert result.broken == ()
 
 
 def test_values_are_those_that_the_monitor_takes_from_a_probe():
@@ -188,7 +211,8 @@ def test_values_that_are_not_finite_break_every_identity_and_are_null_in_json():
     result = scan(model, IDS, lengths=(16,))
     assert len(result.broken) == len(identities.IDENTITIES)
     assert {check.layer for check in result.broken} == {"model.layers.1.self_attn"}
-    assert "8 identities are broken" in str(result)
+    said = "Broken in LlamaForCausalLM: queries or keys are not finite, first in model.layers.1.self_attn on 16 tokens."
+    assert str(result).endswith(said)
     content = result.to_dict()
     assert [each["violation"] for each in content["identities"]] == [None] * 8
     assert content["windows"][0]["statistics"]["key_incoherence"][1][0] is None

@@ -121,19 +121,29 @@ def place(check: Check) -> str:
 
 def headline(results: Sequence[ScanResult]) -> str:
     """One sentence for all that were scanned."""
-    broken = [f"{result.name}: {check.identity.title}" for result in results for check in result.broken]
-    if broken:
-        return f"{len(broken)} {'identity is' if len(broken) == 1 else 'identities are'} broken: {'; '.join(broken)}."
-    return "All identities hold."
+    broken = {result.name: result.broken for result in results if result.broken}
+    return (
+        " ".join(f"Broken in {name}: {_broken(checks)}." for name, checks in broken.items()) or "All identities hold."
+    )
+
+
+def _broken(checks: Sequence[Check]) -> str:
+    """What is broken; where values are not finite they break all identities at once."""
+    infinite = next((check for check in checks if not math.isfinite(check.violation)), None)
+    if infinite is not None:
+        return f"queries or keys are not finite, first in {infinite.layer} on {infinite.length} tokens"
+    return "; ".join(check.identity.title for check in checks)
 
 
 def about(result: ScanResult) -> str:
     """What was scanned, in a line."""
     model, some = result.model, result.layout.layers[0]
     alike = {(each.query_heads, each.key_heads, each.head_dim) for each in result.layout.layers}
+    count = model["parameters"]
+    parameters = f"{count / 1e6:,.1f} million" if count >= 1e6 else f"{count:,}"
     heads = f"{some.query_heads} query heads, {some.key_heads} key heads, d = {some.head_dim}"
     return (
-        f"{model['class']}, {model['parameters'] / 1e6:,.1f} million parameters, {model['dtype']} on "
+        f"{model['class']}, {parameters} parameters, {model['dtype']} on "
         f"{model['device']}, attention by {model['attention']}; {len(result.layout.layers)} layers, "
         f"{heads if len(alike) == 1 else 'of different shapes'}; scanned in {result.seconds:.1f} s"
     )
