@@ -18,9 +18,9 @@ LAYERS = [
     {"stats", "config", "probe", "records", "messages", "vectors", "baseline", "detectors", "findings", "alerts"}
     | {"commands", "causes", "episodes", "loss"},
     {"aside", "windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
-    | {"trackers", "history", "judge", "figures", "inbox"},
+    | {"trackers", "history", "judge", "figures", "field", "inbox"},
     {"dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
-    {"integrations"},
+    {"integrations", "audit"},
     {"demo", "cli", ""},
 ]
 SIDEWAYS = {
@@ -43,17 +43,19 @@ SIDEWAYS = {
     "pipeline": {"dashboard"},
     "steering": {"pipeline"},
     "monitor": {"pipeline", "state", "dashboard", "steering", "watching"},
+    "audit": {""},
     "cli": {"demo", ""},
 }
 OPTIONAL = {
-    "transformers": {"capture/routed.py", "integrations/transformers.py", "demo.py"},
+    "transformers": {"capture/routed.py", "integrations/transformers.py", "demo.py", "audit/loading.py"},
     "accelerate": set(),
     "wandb": {"trackers/wandb.py"},
     "tensorboard": {"trackers/tensorboard.py"},
     "torch.utils.tensorboard": {"trackers/tensorboard.py"},
-    "matplotlib": {"figures.py"},
+    "matplotlib": {"figures.py", "field.py", "audit/pictures.py", "audit/result.py", "audit/page.py"},
     "pandas": {"history.py"},
     "triton": {"ops/kernels.py"},
+    "tqdm": {"audit/progress.py"},
     "scipy": set(),
 }
 

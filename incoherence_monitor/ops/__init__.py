@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .gram import head_statistics, piece_statistics, smooth_statistics
 from .pieces import Piece, cut_windows
+from .reference import energy_field
 from .shapes import Windows, check_shapes
 from .shift import shift_residual, shift_vector
 from .spectra import spectral_statistics
@@ -14,6 +15,7 @@ __all__ = [
     "Windows",
     "check_shapes",
     "cut_windows",
+    "energy_field",
     "head_statistics",
     "interaction_rank",
     "piece_statistics",
