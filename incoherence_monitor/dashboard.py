@@ -6,7 +6,7 @@ Layer 4: imports judge, alerts, trackers; history and figures when they are used
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .alerts import AlertBook
+from .coverage import Coverage, save
 from .errors import HistoryError, MissingDependencyError
 from .judge import JudgedSample
 from .messages import collect
@@ -183,6 +184,16 @@ class Dashboard:
                 self._trackers.picture(MAP_NAME, image, step=step)
 
         self._reporter.guard("drawing the heads map", hand_on)
+
+    def keep_coverage(self, tell: Callable[[], Coverage], samples: int = 1) -> None:
+        """Leave what is watched beside the history.
+
+        Args:
+            tell: says it.
+            samples: taken so far; it is left after the first and every 50th one behind that.
+        """
+        if self._directory is not None and samples % PICTURE_EVERY == 1:
+            save(tell(), self._directory)
 
     def flush(self) -> None:
         """Wait for the picture in flight."""

@@ -278,6 +278,7 @@ class Verdict:
     Attributes:
         expected: [S] the baseline's prediction, in the statistic's unit; NaN where there is none yet.
         deviation: [S] distance from the cohort in robust standard deviations, signed; NaN where not judged.
+        width: [S] one of those standard deviations, in log units; NaN where there is no baseline yet.
         evidence: [S] running mean of the deviation, signed, in units of its threshold; NaN where not judged.
         alarm: [S] the evidence is beyond its threshold, and this sample departs to the same side.
         restless: [S] beyond half the threshold: an open episode stays open.
@@ -293,6 +294,7 @@ class Verdict:
 
     expected: FloatArray
     deviation: FloatArray
+    width: FloatArray
     evidence: FloatArray
     alarm: BoolArray
     restless: BoolArray

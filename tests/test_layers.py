@@ -18,9 +18,9 @@ LAYERS = [
     {"stats", "config", "probe", "records", "messages", "vectors", "baseline", "detectors", "findings", "alerts"}
     | {"commands", "causes", "episodes", "loss"},
     {"aside", "windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
-    | {"trackers", "history", "judge", "figures", "field", "inbox"},
+    | {"trackers", "attempts", "history", "notebook", "judge", "figures", "field", "inbox"},
     {"dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
-    {"integrations", "audit"},
+    {"integrations", "audit", "report"},
     {"demo", "cli", ""},
 ]
 SIDEWAYS = {
@@ -40,10 +40,13 @@ SIDEWAYS = {
     "agreement": {"windows", "sums"},
     "distributed": {"windows", "agreement", "capture", "sampling", "sharding", "sums"},
     "judge": {"sums"},
+    "history": {"attempts", "notebook"},
+    "notebook": {"figures", "history"},
     "pipeline": {"dashboard"},
     "steering": {"pipeline"},
     "monitor": {"pipeline", "state", "dashboard", "steering", "watching"},
     "audit": {""},
+    "report": {""},
     "cli": {"demo", ""},
 }
 OPTIONAL = {
