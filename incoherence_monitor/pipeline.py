@@ -21,7 +21,7 @@ from .agreement import Holding
 from .capture import AttentionInput
 from .capture.gradients import Ask
 from .commands import Command, Selection, from_dict, to_dict
-from .dashboard import Dashboard, sample_metrics
+from .dashboard import Dashboard
 from .errors import ModelError
 from .inbox import Inbox
 from .judge import Judge, JudgedSample
@@ -257,8 +257,7 @@ class Pipeline:
             )
 
     def _publish(self, judged: JudgedSample) -> None:
-        metrics = sample_metrics(judged, self.judge.book, alerts=len(self.alerts), cost=self.clock.take())
-        self._dashboard.publish(judged, metrics, self.judge.book, worker=self._worker)
+        self._dashboard.publish(judged, self.judge.book, alerts=len(self.alerts), cost=self.clock.take())
         if self._on_alert is not None:
             for alert in judged.alerts:
                 self._tell_user(self._on_alert, alert)

@@ -19,7 +19,7 @@ LAYERS = [
     | {"commands", "causes", "episodes", "loss"},
     {"windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "history", "judge", "figures", "field", "inbox"},
-    {"dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
+    {"metrics", "dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
     {"integrations"},
     {"demo", "cli", ""},
 ]
@@ -40,6 +40,8 @@ SIDEWAYS = {
     "agreement": {"windows", "sums"},
     "distributed": {"windows", "agreement", "capture", "sampling", "sharding", "sums"},
     "judge": {"sums"},
+    "figures": {"field"},
+    "dashboard": {"metrics"},
     "pipeline": {"dashboard"},
     "steering": {"pipeline"},
     "monitor": {"pipeline", "state", "dashboard", "steering", "watching"},
