@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from .agreement import Holding
 from .capture import AttentionInput
 from .capture.gradients import Ask
 from .commands import Command, Selection, from_dict, to_dict
-from .dashboard import Dashboard, sample_metrics
+from .dashboard import Dashboard
 from .errors import ModelError
 from .inbox import Inbox
 from .judge import Judge, JudgedSample
@@ -97,7 +97,6 @@ class Pipeline:
         self._sampler, self._dashboard, self._reporter = sampler, dashboard, reporter
         self._rank, self._world_size, self._on_alert = rank, world_size, on_alert
         self._pending: tuple[int, Future[SampleSums], Callable[[], list[float]]] | None = None
-        self._painter: ThreadPoolExecutor | None = None
         self._shared = distributed.SharedLayout(sampler, reporter)
         self.losses = RecordedLosses()
         self._inbox = inbox
@@ -259,11 +258,7 @@ class Pipeline:
 
     def _publish(self, judged: JudgedSample) -> None:
         cost = self.clock.take() | {"wait_ms": 1000 * self._sampler.aside.take_waited()}
-        metrics = sample_metrics(judged, self.judge.book, alerts=len(self.alerts), cost=cost)
-        if self._painter is None:
-            # Not the samples' worker: training would wait for a picture whenever it waits for a sample.
-            self._painter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="incoherence_monitor_pictures")
-        self._dashboard.publish(judged, metrics, self.judge.book, worker=self._painter)
+        self._dashboard.publish(judged, self.judge.book, alerts=len(self.alerts), cost=cost)
         if self._on_alert is not None:
             for alert in judged.alerts:
                 self._tell_user(self._on_alert, alert)
@@ -306,5 +301,3 @@ class Pipeline:
         book = self.judge.book if self.judge.layout is not None else None
         self._dashboard.close(self.latest, book, self.alerts)
         self._sampler.aside.close()
-        if self._painter is not None:
-            self._painter.shutdown()

@@ -19,7 +19,7 @@ LAYERS = [
     | {"commands", "causes", "episodes", "loss"},
     {"aside", "windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "attempts", "history", "notebook", "judge", "figures", "field", "inbox"},
-    {"dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
+    {"metrics", "dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
     {"integrations", "audit", "report"},
     {"demo", "cli", ""},
 ]
@@ -42,6 +42,8 @@ SIDEWAYS = {
     "judge": {"sums"},
     "history": {"attempts", "notebook"},
     "notebook": {"figures", "history"},
+    "figures": {"field"},
+    "dashboard": {"metrics"},
     "pipeline": {"dashboard"},
     "steering": {"pipeline"},
     "monitor": {"pipeline", "state", "dashboard", "steering", "watching"},
