@@ -30,7 +30,7 @@ def kernels_alone(monkeypatch):
         raise AssertionError("the batched path was taken")
 
     monkeypatch.setattr(gram, "at_hand", lambda *tensors: True)
-    monkeypatch.setattr(gram, "_smooth_statistics", refuse)
+    monkeypatch.setattr(gram, "piece_statistics", refuse)
 
 
 def measure(query, key, **more):

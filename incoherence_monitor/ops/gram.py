@@ -64,15 +64,16 @@ def smooth_statistics(
         The statistics as float32 [N, Hk] or [N, Hq], NaN where undefined; and the core [N, Hq, d, d], float32,
         symmetric, whose eigenvalues are proportional to the squared singular values of the energy field.
     """
-    if query.device.type == "cpu":
-        pieces = cut_windows(query, key, value, valid, windows=windows)
-        return piece_statistics(pieces, scale=scale, also=also, causal=causal)
-    windows = None if windows is None else windows.on(query.device)
     if at_hand(query, key, value):
+        windows = None if windows is None else windows.on(query.device)
         return fused.smooth_statistics(
             query, key, value=value, scale=scale, valid=valid, also=also, causal=causal, windows=windows
         )
+    if query.device.type == "cpu":
+        pieces = cut_windows(query, key, value, valid, windows=windows)
+        return piece_statistics(pieces, scale=scale, also=also, causal=causal)
     if windows is not None:
+        windows = windows.on(query.device)
         query, key = windows.take(query), windows.take(key)
         value = None if value is None else windows.take(value)
         valid = None if valid is None else windows.take_tokens(valid)
