@@ -8,16 +8,17 @@ movement, a drift and noise; one in a thousand values is flagged, so that baseli
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numpy as np
 
-from incoherence_monitor import MonitorConfig, __version__
+from benchmarks import results_file
+from incoherence_monitor import MonitorConfig
 from incoherence_monitor.detectors import DriftDetector
 from incoherence_monitor.records import LayerInfo, Layout
 
@@ -56,26 +57,23 @@ def measure(layers: int, heads: int, *, warm_up: int = WARM_UP, measured: int = 
 
 def main() -> None:
     """Measure all sizes and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    out = parser.parse_args().out
+    out = results_file.arguments(__doc__).parse_args().out
     rows = [measure(layers, heads) for layers, heads in SIZES]
-    machine = f"{platform.machine()}, one thread, Python {platform.python_version()}, numpy {np.__version__}"
-    names = ["streams", "judged", "prepare, ms", "judge, ms", "together, ms", "state, bytes a stream"]
-    head = f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n"
-    lines = [
-        f"| {row['streams']:,} | {row['judged']:,} | {row['prepare_ms']:.1f} | {row['judge_ms']:.1f} | "
-        f"{row['prepare_ms'] + row['judge_ms']:.1f} | {row['state_bytes_a_stream']:.0f} |"
+    shown = [
+        {
+            "streams": row["streams"],
+            "judged": row["judged"],
+            "prepare, ms": f"{row['prepare_ms']:.1f}",
+            "judge, ms": f"{row['judge_ms']:.1f}",
+            "together, ms": f"{row['prepare_ms'] + row['judge_ms']:.1f}",
+            "state, bytes a stream": f"{row['state_bytes_a_stream']:.0f}",
+        }
         for row in rows
     ]
-    text = (
-        "# Judging a sample\n\n`OMP_NUM_THREADS=1 python benchmarks/judging.py`, "
-        f"incoherence_monitor {__version__}, {machine}. Medians of CPU time over {MEASURED} samples.\n\n"
-        f"{head}{chr(10).join(lines)}\n"
+    lines = [f"One core; medians of CPU time over {MEASURED} samples.", "", *results_file.table(shown)]
+    text = results_file.write(
+        out, "judging", title="Judging a sample", lines=lines, content={"rows": rows}, packages=("numpy",)
     )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "judging.md").write_text(text)
-    (out / "judging.json").write_text(json.dumps({"version": __version__, "machine": machine, "rows": rows}, indent=1))
     print(text)
 
 

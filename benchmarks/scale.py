@@ -7,10 +7,7 @@ What a step itself sends is arithmetic, from the number of parameters and the wa
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -20,16 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numpy as np
 import torch
 
-from incoherence_monitor import MonitorConfig, __version__
+from benchmarks import results_file
+from incoherence_monitor import MonitorConfig
 from incoherence_monitor.agreement import Holding, onto, places
-from incoherence_monitor.capture import AttentionInput
 from incoherence_monitor.distributed import pack, unpack
 from incoherence_monitor.judge import Judge
+from incoherence_monitor.ops import smooth_statistics
 from incoherence_monitor.records import LayerInfo, Layout
-from incoherence_monitor.sampling import WindowSampler
+from incoherence_monitor.sampling import to_be_copied
 from incoherence_monitor.sums import SampleSums
 
 GPUS = 10_000
@@ -128,12 +128,10 @@ def measure(model: Model, samples: int) -> dict[str, Any]:
     more = sample(whole)
     judging = seconds(lambda: judge.judge(more, step=samples))
 
-    sampler = WindowSampler(MonitorConfig(), rank=0, world_size=8)
-    sampler.open(0)
     layer = mine.layers[0]
     query, key = (torch.randn(1, heads, 256, model.dim) for heads in (layer.query_heads, layer.key_heads))
-    sampler.receive(AttentionInput(layer.name, query, key, model.dim**-0.5, None, 0), lambda _: layer)
-    held = sum(part.nbytes for part in sampler._open[layer.name].parts)
+    on_device = to_be_copied(None, *smooth_statistics(query, key, value=key, scale=model.dim**-0.5))
+    held = sum(tensor.nbytes for tensor in on_device.values())
 
     holding = Holding({each.name: [model.heads, model.key_heads, model.width] for each in mine.layers},
                       dict.fromkeys((each.name for each in mine.layers), 0),
@@ -182,20 +180,13 @@ def size(number: float) -> str:
 
 def main() -> None:
     """Run and write Markdown and JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser = results_file.arguments(__doc__)
     parser.add_argument("--samples", type=int, default=45, help="judged before memory and time are taken")
     given = parser.parse_args()
     torch.set_num_threads(1)
     result = {model.name: measure(model, given.samples) for model in MODELS}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread used, no GPU"
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
     lines = [
-        f"# A sample at {GPUS:,} GPUs",
-        "",
-        f"{machine}; {versions}; incoherence_monitor {__version__}. What each column is: docs/scale.md.",
-        "",
-        f"`python benchmarks/scale.py --samples {given.samples}`",
+        "What each column is: docs/scale.md.",
         "",
         "| model | streams | message | sent by a GPU | a step sends | share, every=1 | every=10 | of gradients alone, "
         "every=1 |",
@@ -218,11 +209,11 @@ def main() -> None:
             f"| {name} | {size(row['device_bytes_a_window'])} | {size(row['host_bytes'])} | {row['pack_ms']:.1f} ms "
             f"| {row['judge_ms']:.1f} ms | {size(row['setup_received_bytes'])} | {row['places_ms']:.1f} ms |"
         )
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "scale.md").write_text("\n".join(lines) + "\n")
-    content = {"machine": machine, "versions": versions, "command": sys.argv, "result": result}
-    (given.out / "scale.json").write_text(json.dumps(content, indent=2) + "\n")
-    print("\n".join(lines))
+    text = results_file.write(
+        given.out, "scale", title=f"A sample at {GPUS:,} GPUs", lines=lines, content={"result": result},
+        packages=("numpy",),
+    )  # fmt: skip
+    print(text)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,6 @@ other data before its length is taken; noise falls with the root of their number
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import results_file
 from incoherence_monitor.capture import AttentionInput
 from incoherence_monitor.capture.model import ModelCapture
 from incoherence_monitor.ops import shift_residual, shift_vector
@@ -124,36 +122,24 @@ def errors(device: str, samples: int) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Rows as Markdown."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-
-    def text(value: Any) -> str:
-        return f"{value:.1e}" if isinstance(value, float) else str(value)
-
-    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-    return [*lines, *(f"| {' | '.join(text(row.get(name, '')) for name in names)} |" for row in rows)]
+    """Rows as Markdown, floats by their order of magnitude."""
+    return results_file.table(
+        [{name: f"{value:.1e}" if isinstance(value, float) else value for name, value in row.items()} for row in rows]
+    )
 
 
 def main() -> None:
     """Measure and write both files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results_file.arguments(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--lengths", type=int, nargs="+", default=[48, 256])
     parser.add_argument("--samples", type=int, default=64, help="samples of the running mean")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    machine = f"{platform.machine()}, {arguments.device}, torch {torch.__version__}, Python {platform.python_version()}"
-    lengths = " ".join(map(str, arguments.lengths))
-    command = f"python benchmarks/shift_residual.py --lengths {lengths} --samples {arguments.samples}"
     parts = {
         "floors": floors(arguments.device, tuple(arguments.lengths)),
         "errors": errors(arguments.device, arguments.samples),
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "shift_residual.json").write_text(
-        json.dumps({"command": command, "machine": machine, **parts}, indent=1) + "\n"
-    )
-    lines = ["# The shift residual", "", f"`{command}` on {machine}.", "", "## Floors of healthy models", ""]
+    lines = ["## Floors of healthy models", ""]
     lines += [
         f"Tiny random models of 4 layers; float16 with a loss scale of {LOSS_SCALE:.0f}.",
         "",
@@ -161,7 +147,10 @@ def main() -> None:
     ]
     lines += ["", "## Under an error of delta, and the mean of the vector over samples", ""]
     lines += ["Median over heads of the length of the mean vector; 'mean of 1' is one sample of two sequences.", ""]
-    (arguments.out / "shift_residual.md").write_text("\n".join([*lines, *table(parts["errors"])]) + "\n")
+    lines += table(parts["errors"])
+    results_file.write(
+        arguments.out, "shift_residual", title="The shift residual", lines=lines, content=parts, device=arguments.device
+    )
 
 
 if __name__ == "__main__":

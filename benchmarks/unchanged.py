@@ -8,9 +8,6 @@ every second step. Written are the largest difference of any weight at the end a
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import results_file
 from incoherence_monitor import IncoherenceMonitor, MonitorConfig
 from tests.models import batches, tiny_model, weights
 
@@ -115,28 +113,23 @@ def measure(case: dict[str, str], *, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure all cases and write Markdown and JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results_file.arguments(__doc__)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for case in CASES[: arguments.cases]:
         rows.append(measure(case, steps=arguments.steps))
         print(rows[-1], flush=True)
-    machine = f"{platform.machine()}, one thread, torch {torch.__version__}, Python {platform.python_version()}"
-    command = f"python benchmarks/unchanged.py --steps {arguments.steps}"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "unchanged.json").write_text(
-        json.dumps({"command": command, "machine": machine, "rows": rows}, indent=1) + "\n"
-    )
-    names = list(rows[0])
-    lines = ["# Training with the monitor against training without it", "", f"`{command}` on {machine}.", ""]
-    lines += [f"Weights after {arguments.steps} steps of AdamW at 1e-3, 4 layers; 0.0 is bit-identical.", ""]
-    lines += [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-    lines += [f"| {' | '.join(str(row[name]) for name in names)} |" for row in rows]
-    (arguments.out / "unchanged.md").write_text("\n".join(lines) + "\n")
+    shown = [{name: str(value) for name, value in row.items()} for row in rows]
+    lines = [
+        f"Weights after {arguments.steps} steps of AdamW at 1e-3, 4 layers; 0.0 is bit-identical.",
+        "",
+        *results_file.table(shown),
+    ]
+    title = "Training with the monitor against training without it"
+    results_file.write(arguments.out, "unchanged", title=title, lines=lines, content={"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: `incoherence-monitor demo`, `replay`, `report`, `mute`, `accept`.
+"""The command line: `incoherence-monitor demo`, `scan`, `replay`, `report`, `mute`, `accept`.
 
 Exit codes: 0 fine, 1 something was found that should not be, 2 wrong usage with one sentence saying what.
 
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("-o", "--output-dir", type=Path, default=Path("incoherence-demo"), help="default: %(default)s")
     demo.add_argument("--wandb", action="store_true", help="also write an offline Weights & Biases run")
     demo.set_defaults(run=lambda given: _demo(given.output_dir, wandb=given.wandb))
+    _add_scan(commands.add_parser("scan", help="audit checkpoints: every head, the identities, tables and pictures"))
     again = commands.add_parser("replay", help="judge a recorded run again, with other settings, without training")
     again.add_argument("run_dir", **_RUN_DIR)
     again.add_argument("--false-alarm-every", type=float, nargs="+", metavar="N", default=[], help=_SENSITIVITY)
@@ -70,6 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except IncoherenceError as error:
         print(f"incoherence-monitor: {error}", file=sys.stderr)
         return 2
+
+
+def _add_scan(parser: argparse.ArgumentParser) -> None:
+    from .audit.command import add_arguments, run
+
+    add_arguments(parser)
+    parser.set_defaults(run=run)
 
 
 def _demo(output_dir: Path, *, wandb: bool) -> int:

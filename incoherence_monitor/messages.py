@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .records import Alert, AlertKind, LayerInfo, head_label
+from .records import Alert, AlertKind, LayerInfo, alert_label, head_label
 from .stats import HeadKind, statistic
 
 COLLECTED_FROM = 4
@@ -183,16 +183,10 @@ def collect(alerts: Sequence[Alert]) -> list[Alert]:
     if len(warnings) < COLLECTED_FROM:
         return list(alerts)
     worst = max(warnings, key=lambda alert: abs(alert.deviation))
-    labels = [_label(alert) for alert in warnings]
+    labels = [alert_label(alert) for alert in warnings]
     told = replace(
         worst,
         message=f"{len(warnings)} heads have left their baselines at step {worst.step}: {', '.join(labels)}. "
         f"The furthest: {worst.message}",
     )
     return [told if alert is worst else alert for alert in alerts if alert is worst or alert.severity == "critical"]
-
-
-def _label(alert: Alert) -> str:
-    if alert.layer_index is None or alert.head is None or alert.kind not in ("key", "query"):
-        return alert.layer or "the model"
-    return head_label(alert.layer_index, "key" if alert.kind == "key" else "query", alert.head)

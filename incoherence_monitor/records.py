@@ -311,3 +311,12 @@ class Verdict:
 def head_label(layer_index: int, kind: HeadKind, head: int) -> str:
     """The head's name on dashboards, such as L03/KV02 or L03/Q07."""
     return f"L{layer_index:02d}/{'KV' if kind == 'key' else 'Q'}{head:02d}"
+
+
+def alert_label(alert: Alert) -> str:
+    """Where an alert is, such as L03/KV02, "layer 3" or "the whole model"."""
+    if alert.layer_index is None:
+        return "the whole model"
+    if alert.head is None or alert.kind not in ("key", "query"):
+        return f"layer {alert.layer_index}"
+    return head_label(alert.layer_index, "key" if alert.kind == "key" else "query", alert.head)
