@@ -25,11 +25,11 @@ import torch
 from benchmarks import results_file
 from incoherence_monitor import MonitorConfig
 from incoherence_monitor.agreement import Holding, onto, places
-from incoherence_monitor.capture import AttentionInput
 from incoherence_monitor.distributed import pack, unpack
 from incoherence_monitor.judge import Judge
+from incoherence_monitor.ops import smooth_statistics
 from incoherence_monitor.records import LayerInfo, Layout
-from incoherence_monitor.sampling import WindowSampler
+from incoherence_monitor.sampling import to_be_copied
 from incoherence_monitor.sums import SampleSums
 
 GPUS = 10_000
@@ -128,12 +128,10 @@ def measure(model: Model, samples: int) -> dict[str, Any]:
     more = sample(whole)
     judging = seconds(lambda: judge.judge(more, step=samples))
 
-    sampler = WindowSampler(MonitorConfig(), rank=0, world_size=8)
-    sampler.open(0)
     layer = mine.layers[0]
     query, key = (torch.randn(1, heads, 256, model.dim) for heads in (layer.query_heads, layer.key_heads))
-    sampler.receive(AttentionInput(layer.name, query, key, model.dim**-0.5, None, 0), lambda _: layer)
-    held = sum(part.nbytes for part in sampler._open[layer.name].parts)
+    on_device = to_be_copied(None, *smooth_statistics(query, key, value=key, scale=model.dim**-0.5))
+    held = sum(tensor.nbytes for tensor in on_device.values())
 
     holding = Holding({each.name: [model.heads, model.key_heads, model.width] for each in mine.layers},
                       dict.fromkeys((each.name for each in mine.layers), 0),

@@ -14,6 +14,7 @@ from .ops import head_statistics, interaction_rank
 from .records import Alert
 
 if TYPE_CHECKING:
+    from .audit import scan
     from .history import History
     from .integrations.transformers import IncoherenceCallback
 
@@ -27,11 +28,12 @@ __all__ = [
     "MonitorConfig",
     "head_statistics",
     "interaction_rank",
+    "scan",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs pyarrow or transformers when it is first asked for."""
+    """Import what needs pyarrow or transformers, or few need, when it is first asked for."""
     if name == "History":
         from .history import History
 
@@ -40,4 +42,8 @@ def __getattr__(name: str) -> Any:
         from .integrations.transformers import IncoherenceCallback
 
         return IncoherenceCallback
+    if name == "scan":
+        from .audit import scan
+
+        return scan
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: `incoherence-monitor demo`, `replay`, `mute`, `accept`.
+"""The command line: `incoherence-monitor demo`, `scan`, `replay`, `report`, `mute`, `accept`.
 
 Exit codes: 0 fine, 1 something was found that should not be, 2 wrong usage with one sentence saying what.
 
@@ -45,10 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("-o", "--output-dir", type=Path, default=Path("incoherence-demo"), help="default: %(default)s")
     demo.add_argument("--wandb", action="store_true", help="also write an offline Weights & Biases run")
     demo.set_defaults(run=lambda given: _demo(given.output_dir, wandb=given.wandb))
+    _add_scan(commands.add_parser("scan", help="audit checkpoints: every head, the identities, tables and pictures"))
     again = commands.add_parser("replay", help="judge a recorded run again, with other settings, without training")
     again.add_argument("run_dir", **_RUN_DIR)
     again.add_argument("--false-alarm-every", type=float, nargs="+", metavar="N", default=[], help=_SENSITIVITY)
     again.set_defaults(run=lambda given: _replay(given.run_dir, given.false_alarm_every))
+    page = commands.add_parser("report", help="write recorded runs as one HTML page, to look at in any browser")
+    page.add_argument("run_dirs", nargs="+", **_RUN_DIR)
+    page.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default: %(default)s")
+    page.set_defaults(run=lambda given: _report(given.run_dirs, given.output))
     mute = commands.add_parser("mute", help="raise no alert about some heads of a live run for a time")
     accept = commands.add_parser("accept", help="take the present state of some heads of a live run as their baseline")
     for command in (mute, accept):
@@ -66,6 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except IncoherenceError as error:
         print(f"incoherence-monitor: {error}", file=sys.stderr)
         return 2
+
+
+def _add_scan(parser: argparse.ArgumentParser) -> None:
+    from .audit.command import add_arguments, run
+
+    add_arguments(parser)
+    parser.set_defaults(run=run)
 
 
 def _demo(output_dir: Path, *, wandb: bool) -> int:
@@ -122,9 +134,19 @@ def _replay(run_dir: Path, sensitivities: Sequence[float]) -> int:
     return int(any(result.critical for result in results))
 
 
+def _report(run_dirs: Sequence[Path], output: Path) -> int:
+    from .report import check_output, gather, render, write_page
+
+    check_output(output)
+    runs = gather(run_dirs, say=lambda line: print(line, flush=True))
+    write_page(render(runs), output)
+    print(f"{output.absolute()}: open it in a browser")
+    return int(any(run.critical for run in runs))
+
+
 def _post(given: argparse.Namespace, values: dict[str, Any]) -> int:
+    from .attempts import find_folder, newest_layout
     from .commands import Selection, from_dict
-    from .history import find_folder, newest_layout
     from .inbox import post
 
     command = from_dict({**values, "layer": given.layer, "head": given.head, "statistic": given.statistic})

@@ -5,9 +5,12 @@ Layer 0: imports nothing of ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 ALL_ARMED = "all heads"
+FILE = "coverage.json"
 
 
 @dataclass(frozen=True)
@@ -46,3 +49,35 @@ class Coverage:
         lines += [f"failed {count} times: {kind}" for kind, count in self.failures.items()]
         lines += [f"noticed {count} times: {kind}" for kind, count in self.notices.items()]
         return "\n".join(lines)
+
+
+def save(coverage: Coverage, directory: Path) -> None:
+    """Keep what a monitor sees beside its history, whole or not at all.
+
+    Args:
+        coverage: what it sees now; takes the place of what was kept before.
+        directory: the monitor's output directory.
+    """
+    part = directory / f"{FILE}.part"
+    part.write_text(json.dumps(asdict(coverage)), encoding="utf-8")
+    part.replace(directory / FILE)
+
+
+def load(directory: Path) -> Coverage | None:
+    """What `save` kept in a directory; None if nothing was, or it is not what this version writes."""
+    try:
+        values = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        watched, seen, muted = (tuple(map(str, values[name])) for name in ("watched", "seen", "muted"))
+        reach, ways, armed = (_texts(values[name]) for name in ("out_of_reach", "ways", "armed"))
+        skipped, failures, notices = (_counts(values[name]) for name in ("skipped", "failures", "notices"))
+        return Coverage(watched, seen, reach, skipped, failures, notices, ways, muted, armed)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _texts(values: dict[str, str]) -> dict[str, str]:
+    return {name: str(text) for name, text in values.items()}
+
+
+def _counts(values: dict[str, int]) -> dict[str, int]:
+    return {name: int(count) for name, count in values.items()}

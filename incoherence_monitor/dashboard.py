@@ -1,81 +1,44 @@
-"""What a judged sample becomes: metrics, history, pictures.
+"""What becomes of a judged sample: metrics, distributions, tables, pictures and history, each at its time.
 
-Layer 4: imports judge, alerts, trackers; history and figures when they are used.
+Layer 4: imports judge, alerts, metrics, trackers; history and figures when they are used.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .alerts import AlertBook
+from .coverage import Coverage, save
 from .errors import HistoryError, MissingDependencyError
 from .judge import JudgedSample
 from .messages import collect
-from .records import Alert, RecordedSample, head_label
+from .metrics import HEADS_CHARTED_EVER, Charted, HeadPlace, distributions, drifting_table, sample_metrics
+from .records import Alert, RecordedSample
 from .reporting import Reporter
-from .trackers import CompositeTracker, Picture, as_tracker
+from .trackers import PREFIX, CompositeTracker, Picture, as_tracker, sections
 
 if TYPE_CHECKING:
     from .history import History, HistoryWriter
 
-PREFIX = "incoherence"
 MAP_NAME = f"{PREFIX}/heads_map"
+DRIFT_NAME = f"{PREFIX}/drift_map"
+TABLE_NAME = f"{PREFIX}/drifting_table"
 PICTURE_EVERY = 50
-"""Samples between pictures while nothing happens."""
+"""Samples between pictures while nothing happens; the first sample has one."""
 PICTURE_LEAST = 10
 """Least samples between pictures, however many alerts there are."""
-HEADS_CHARTED = 32
-"""Heads under alert that get charts of their own at a time; W&B and people both lose track beyond some hundreds."""
-
-
-def sample_metrics(
-    judged: JudgedSample, book: AlertBook, *, alerts: int, cost: Mapping[str, float]
-) -> dict[str, float]:
-    """Name the scalars of one sample as they stand on dashboards.
-
-    Args:
-        judged: the sample.
-        book: open episodes.
-        alerts: alerts raised so far.
-        cost: `sample_ms` and `share`.
-
-    Returns:
-        Finite values by name: each statistic's median, largest and smallest over the model, the counts, the cost,
-        and every statistic of the heads under alert.
-    """
-    metrics: dict[str, float] = {}
-    layout = judged.layout
-    for row in layout.rows:
-        values = judged.values[layout.slices[row.name]]
-        values = values[np.isfinite(values)]
-        if len(values):
-            metrics[f"{PREFIX}/{row.name}/median"] = float(np.median(values))
-            metrics[f"{PREFIX}/{row.name}/max"] = float(values.max())
-            metrics[f"{PREFIX}/{row.name}/min"] = float(values.min())
-    for kind, at, head in book.open_heads()[:HEADS_CHARTED]:
-        layer = layout.layers[at]
-        label = head_label(layer.index, kind, head)
-        for row in layout.rows:
-            if row.kind == kind:
-                offset = sum(earlier.heads(kind) for earlier in layout.layers[:at]) + head
-                value = float(judged.values[layout.slices[row.name].start + offset])
-                if np.isfinite(value):
-                    metrics[f"{PREFIX}/{label}/{row.name}"] = value
-    metrics[f"{PREFIX}/drifting_heads"] = float(book.drifting)
-    metrics[f"{PREFIX}/alerts"] = float(alerts)
-    metrics[f"{PREFIX}/armed"] = judged.verdict.armed_share
-    metrics |= {f"{PREFIX}/cost/{name}": value for name, value in cost.items()}
-    return metrics
+DISTRIBUTIONS_EVERY = 10
+"""Samples between histograms over heads."""
 
 
 class Dashboard:
-    """Writes judged samples to history and trackers, and draws the heads map now and then."""
+    """Writes judged samples to history and trackers, and draws the maps now and then, on a thread of its own."""
 
     def __init__(
         self,
@@ -92,7 +55,7 @@ class Dashboard:
             trackers: what a user gave, see `as_tracker`; made only once the directory is known to be writable.
             reporter: where failures go.
             directory: where history and pictures go; None keeps samples in memory.
-            settings: plain values stored with the history.
+            settings: plain values stored with the history, `MonitorConfig.to_dict` among them.
             keep_in_memory: samples kept without a directory.
 
         Raises:
@@ -102,12 +65,20 @@ class Dashboard:
         self._reporter = reporter
         self._directory = directory
         self._settings = dict(settings)
+        self._run = run_name(directory)
         self._memory: deque[RecordedSample] = deque(maxlen=keep_in_memory)
         self._writer: HistoryWriter | None = None
-        self._since_picture = 0
-        self._drawing: tuple[int, Future[Picture | None]] | None = None
+        self._since_picture = PICTURE_EVERY
+        self._worker: ThreadPoolExecutor | None = None
+        self._drawing: tuple[int, Future[dict[str, Picture]]] | None = None
+        self._waiting: tuple[JudgedSample, list[HeadPlace]] | None = None
         self._drawable = True
+        self._drawn_at = -1
         self._alert_drawn = False
+        self._charted = Charted()
+        self._laid_out: tuple[str, ...] = ()
+        self._published = 0
+        self._listed: list[HeadPlace] = []
         if directory is not None:
             from .history import HistoryWriter
 
@@ -115,16 +86,14 @@ class Dashboard:
         made = [as_tracker(tracker, directory=directory) for tracker in trackers]
         self._trackers = CompositeTracker(made, reporter.guard)
 
-    def publish(
-        self, judged: JudgedSample, metrics: Mapping[str, float], book: AlertBook, *, worker: Executor | None
-    ) -> None:
+    def publish(self, judged: JudgedSample, book: AlertBook, *, alerts: int, cost: Mapping[str, float]) -> None:
         """Write one judged sample.
 
         Args:
             judged: the sample.
-            metrics: its scalars.
             book: open episodes.
-            worker: draws pictures off the training thread.
+            alerts: alerts raised so far.
+            cost: the monitor's own, `sample_ms` and `share`.
         """
         writer = self._writer
         if writer is None:
@@ -132,57 +101,114 @@ class Dashboard:
         else:
             self._reporter.guard("writing the history", lambda: writer.append(judged.recorded))
         self._deliver()
-        self._trackers.log(metrics, step=judged.step)
+        drifting = book.open_heads()
+        if self._trackers.trackers:
+            self._track(judged, book, drifting, alerts=alerts, cost=cost)
+        self._since_picture += 1
+        due = self._since_picture >= (PICTURE_LEAST if judged.alerts else PICTURE_EVERY)
+        if due or (judged.alerts and not self._alert_drawn):
+            self._start_drawing(judged, drifting)
+
+    def _track(
+        self,
+        judged: JudgedSample,
+        book: AlertBook,
+        drifting: list[HeadPlace],
+        *,
+        alerts: int,
+        cost: Mapping[str, float],
+    ) -> None:
+        if self._laid_out != judged.layout.statistics:
+            self._laid_out = judged.layout.statistics
+            self._trackers.panels(sections(judged.layout.rows))
+        charted = self._charted.choose(judged.layout, drifting)
+        if self._charted.left_out:
+            self._reporter.notice(
+                "charts",
+                f"{HEADS_CHARTED_EVER} heads have had charts of their own in this run; heads that drift from here on "
+                "get none, since dashboards slow down with thousands of names. The map, the table and the history "
+                "have them all",
+            )
+        self._trackers.log(sample_metrics(judged, book, charted=charted, alerts=alerts, cost=cost), step=judged.step)
+        if self._published % DISTRIBUTIONS_EVERY == 0:
+            self._trackers.distributions(
+                {f"{PREFIX}/{name}/heads": values for name, values in distributions(judged).items()}, step=judged.step
+            )
+        self._published += 1
         for alert in collect(judged.alerts):
             self._trackers.alert(alert)
         for event in judged.recorded.events:
             if event.told:
                 self._trackers.note(event.message, step=event.step)
-        self._since_picture += 1
-        due = self._since_picture >= (PICTURE_LEAST if judged.alerts else PICTURE_EVERY)
-        if worker is not None and (due or (judged.alerts and not self._alert_drawn)):
-            self._start_drawing(judged, book, worker)
+        if set(drifting) != set(self._listed):
+            self._list(judged, drifting)
 
-    def _wants_pictures(self) -> bool:
-        return self._drawable and (self._directory is not None or bool(self._trackers.trackers))
+    def _list(self, judged: JudgedSample, drifting: list[HeadPlace]) -> None:
+        self._listed = drifting
+        self._trackers.table(TABLE_NAME, drifting_table(judged, drifting), step=judged.step)
 
-    def _start_drawing(self, judged: JudgedSample, book: AlertBook, worker: Executor) -> None:
-        if self._drawing is None and self._wants_pictures():
-            self._since_picture = 0
-            self._alert_drawn = self._alert_drawn or bool(judged.alerts)
-            drifting = tuple(book.open_heads())
-            self._drawing = (judged.step, worker.submit(self._draw, judged, drifting))
+    def _start_drawing(self, judged: JudgedSample, drifting: list[HeadPlace]) -> None:
+        wanted = self._drawable and (self._directory is not None or bool(self._trackers.trackers))
+        if not wanted or judged.step == self._drawn_at:
+            return
+        if self._drawing is not None:
+            # What shows an alert is drawn next, however long the one before takes.
+            self._waiting = (judged, drifting) if judged.alerts else self._waiting
+            return
+        self._since_picture, self._drawn_at = 0, judged.step
+        self._alert_drawn = self._alert_drawn or bool(judged.alerts)
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="incoherence_monitor_pictures")
+        self._drawing = (judged.step, self._worker.submit(self._draw, judged, drifting))
 
-    def _draw(self, judged: JudgedSample, drifting: tuple[Any, ...]) -> Picture | None:
+    def _draw(self, judged: JudgedSample, drifting: list[HeadPlace]) -> dict[str, Picture]:
         from . import figures
 
+        named: dict[str, Any] = {"step": judged.step, "drifting": drifting, "run": self._run}
         try:
-            figure = figures.heads_map(
-                judged.layout, judged.values.astype(np.float64), step=judged.step, drifting=drifting,
-                run=self._directory.parent.name if self._directory is not None else "",
-            )  # fmt: skip
+            drawn = {MAP_NAME: figures.heads_map(judged.layout, judged.values.astype(np.float64), **named)}
+            if np.isfinite(judged.verdict.evidence).any():
+                statistics = self._settings["statistics"]
+                drawn[DRIFT_NAME] = figures.drift_map(
+                    judged.layout, judged.verdict.evidence, statistics=statistics, **named
+                )
         except MissingDependencyError as error:
             self._drawable = False
             self._reporter.notice("no pictures", f"there will be no pictures: {error}")
-            return None
-        if self._directory is not None:
-            figures.save(figure, self._directory / "heads_map.png")
+            return {}
+        for name, figure in drawn.items() if self._directory is not None else ():
+            file = name.rpartition("/")[2]
+            assert self._directory is not None
+            figures.save(figure, self._directory / f"{file}.png")
             if judged.alerts:
-                figures.save(figure, self._directory / f"heads_map_alert_step_{judged.step:07d}.png")
-        return figures.to_pixels(figure)
+                figures.save(figure, self._directory / f"{file}_alert_step_{judged.step:07d}.png")
+        return {name: figures.to_pixels(figure) for name, figure in drawn.items()}
 
     def _deliver(self, *, wait: bool = False) -> None:
-        """Hand a picture that is ready to the trackers, in step order with everything else."""
+        """Hand pictures that are ready to the trackers: not from the thread that draws, which knows no step order."""
         if self._drawing is None or not (wait or self._drawing[1].done()):
             return
         (step, future), self._drawing = self._drawing, None
 
         def hand_on() -> None:
-            image = future.result()
-            if image is not None:
-                self._trackers.picture(MAP_NAME, image, step=step)
+            for name, image in future.result().items():
+                self._trackers.picture(name, image, step=step)
 
-        self._reporter.guard("drawing the heads map", hand_on)
+        self._reporter.guard("drawing the maps", hand_on)
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._start_drawing(*waiting)
+            self._deliver(wait=wait)
+
+    def keep_coverage(self, tell: Callable[[], Coverage], samples: int = 1) -> None:
+        """Leave what is watched beside the history.
+
+        Args:
+            tell: says it.
+            samples: taken so far; it is left after the first and every 50th one behind that.
+        """
+        if self._directory is not None and samples % PICTURE_EVERY == 1:
+            save(tell(), self._directory)
 
     def flush(self) -> None:
         """Wait for the picture in flight."""
@@ -206,18 +232,23 @@ class Dashboard:
         """Draw the last picture, write the summary, close history and trackers."""
         self._deliver(wait=True)
         if latest is not None and book is not None:
-            if self._wants_pictures():
-                self._reporter.guard("drawing the heads map", lambda: self._last_picture(latest, book))
+            self._start_drawing(latest, book.open_heads())
+            self._deliver(wait=True)
             worst = max((abs(alert.deviation) for alert in alerts if np.isfinite(alert.deviation)), default=0.0)
             first = float(alerts[0].step) if alerts else float("nan")
             summary = {"first_alert": first, "worst_deviation": worst, "drifting_heads": float(book.drifting)}
             summary["armed"] = latest.verdict.armed_share
             self._trackers.summary({f"{PREFIX}/{name}": value for name, value in summary.items()})
+        if self._worker is not None:
+            self._worker.shutdown()
         if self._writer is not None:
             self._reporter.guard("closing the history", self._writer.close)
         self._trackers.close()
 
-    def _last_picture(self, latest: JudgedSample, book: AlertBook) -> None:
-        image = self._draw(latest, tuple(book.open_heads()))
-        if image is not None:
-            self._trackers.picture(MAP_NAME, image, step=latest.step)
+
+def run_name(directory: Path | None) -> str:
+    """Name of the run for titles: that of its folder, which the callback's own lies within."""
+    if directory is None:
+        return ""
+    folder = directory.absolute()
+    return folder.parent.name if folder.name == PREFIX else folder.name

@@ -129,7 +129,7 @@ class DriftDetector:
         known = np.isfinite(log_values)
         residual = np.where(known & self.judged, log_values, np.nan) - expected
         own = residual / scale
-        deviation = self._against_cohort(residual, scale)
+        deviation, width = self._against_cohort(residual, scale)
         enough = self.judged & (np.minimum(self.baseline.count, self.config.baseline_samples) >= ARMED_FROM)
         armed = self.trust.update(deviation, enough)
         deviation[~armed] = np.nan
@@ -155,6 +155,7 @@ class DriftDetector:
         return Verdict(
             expected=np.exp(expected),
             deviation=deviation,
+            width=width,
             evidence=evidence / threshold,
             alarm=beyond & still_departs(deviation, evidence),
             restless=size > threshold / 2,
@@ -168,9 +169,9 @@ class DriftDetector:
             model_since=self.model_evidence.since,
         )
 
-    def _against_cohort(self, residual: FloatArray, scale: FloatArray) -> FloatArray:
-        """Departure of every stream from its cohort's, in units of both scales together; [S]."""
-        deviation = np.full(self.layout.size, np.nan)
+    def _against_cohort(self, residual: FloatArray, scale: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Departure of every stream from its cohort's, in units of both scales together, and that unit; [S] each."""
+        deviation, width = np.full(self.layout.size, np.nan), np.full(self.layout.size, np.nan)
         for members in self._families:
             ready = members[np.isfinite(residual[members])]
             apart, wide = residual[ready], 0.0
@@ -180,8 +181,9 @@ class DriftDetector:
                 wide = COHORT_SPREAD * MAD_TO_SIGMA * float(np.median(np.abs(apart)))
             elif len(members) >= SMALL_COHORT:
                 continue
-            deviation[ready] = apart / np.sqrt(scale[ready] ** 2 + wide**2)
-        return deviation
+            width[ready] = np.sqrt(scale[ready] ** 2 + wide**2)
+            deviation[ready] = apart / width[ready]
+        return deviation, width
 
     def _largest(self, evidence: FloatArray) -> FloatArray:
         """Largest evidence of each family, [F]; NaN where none of its streams is judged."""

@@ -5,14 +5,14 @@ through at once: after a crash at most the sample being written is lost, and rea
 Where attempts overlap, the newest attempt's value of a step counts. A record holds all that judgement needs, so that
 alerts can be worked out again from the history alone (`replay`).
 
-Layer 3: imports records, stats and errors; pyarrow, and pandas inside `to_pandas` alone.
+Layer 3: imports attempts, records, stats and errors; pyarrow, and pandas inside `to_pandas` alone.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -20,16 +20,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from .attempts import FOLDER, NOT_BEGUN, SUFFIX, find_folder, read_attempt, schema
 from .errors import HistoryError, MissingDependencyError, SettingError
-from .records import Alert, Event, Layout, RecordedSample, rearrange
+from .records import Alert, Layout, RecordedSample, rearrange
 from .stats import STATISTIC_NAMES, statistic
 
 if TYPE_CHECKING:
     import pandas as pd
-
-FORMAT_VERSION = 2
-FOLDER = "history"
-_SUFFIX = ".arrow"
 
 
 class History:
@@ -41,6 +38,7 @@ class History:
         settings: Mapping[str, Any] | None = None,
         *,
         judged: Sequence[RecordedSample] | None = None,
+        cut: Sequence[str] = (),
     ) -> None:
         """Wrap what was read.
 
@@ -49,6 +47,7 @@ class History:
             settings: settings of the newest attempt.
             judged: the samples that the newest attempt's judgement rests on, without those of earlier attempts that it
                 has not come to again; None if these are all.
+            cut: what could not be read, a sentence each.
         """
         layers = {layer.name: layer for sample in samples for layer in sample.layout.layers}
         names = {name for sample in samples for name in sample.layout.statistics}
@@ -62,6 +61,7 @@ class History:
         self.events = [event for sample in samples for event in sample.events]
         self.settings = dict(settings or {})
         self.judged = tuple(samples if judged is None else judged)
+        self.cut = tuple(cut)
         positions: dict[Layout, Any] = {}
         self._samples = np.full((len(samples), self.layout.size), np.nan, dtype=np.float32)
         for row, sample in zip(self._samples, samples, strict=True):
@@ -81,20 +81,22 @@ class History:
             HistoryError: if there is no history, a damaged one, or one from a newer version of this package.
         """
         folder = find_folder(Path(path))
-        attempts = [attempt for file in sorted(folder.glob(f"*{_SUFFIX}")) if (attempt := _read(file)) is not None]
-        attempts = [attempt for attempt in attempts if attempt[2]]
+        read = {file: read_attempt(file) for file in sorted(folder.glob(f"*{SUFFIX}"))}
+        cut = [NOT_BEGUN.format(file.name) if found is None else found.cut for file, found in read.items()]
+        attempts = [found for found in read.values() if found is not None and found.samples]
         if not attempts:
-            raise HistoryError(f"The history in {folder} holds no sample yet.")
+            raise HistoryError(" ".join([f"The history in {folder} holds no sample yet.", *filter(None, cut)]))
         newest: dict[int, RecordedSample] = {}
         judged: list[RecordedSample] = []
-        for _, _, samples in attempts:
-            first = samples[0].step
+        for attempt in attempts:
+            first = attempt.samples[0].step
             if newest and first <= min(newest):
                 # A run that began anew in the same folder, not one that was resumed.
                 newest.clear()
-            newest |= {sample.step: sample for sample in samples}
-            judged = [sample for sample in judged if sample.step < first] + samples
-        return cls([newest[step] for step in sorted(newest)], attempts[-1][1], judged=judged)
+            newest |= {sample.step: sample for sample in attempt.samples}
+            judged = [sample for sample in judged if sample.step < first] + attempt.samples
+        samples = [newest[step] for step in sorted(newest)]
+        return cls(samples, attempts[-1].settings, judged=judged, cut=tuple(filter(None, cut)))
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -131,6 +133,19 @@ class History:
             )
         return name
 
+    @property
+    def open_alerts(self) -> list[Alert]:
+        """The alerts whose episodes were not over at the last sample, oldest first."""
+        ends = {(event.kind, event.layer, event.head, event.since_step): event.step for event in self.events}
+        # Where judgement begins anew, what was open is forgotten.
+        begun = max((sample.step for sample in self.judged if sample.tick == 0), default=0)
+        return [
+            alert
+            for alert in self.alerts
+            if alert.step >= begun
+            and ends.get((alert.kind, alert.layer, alert.head, alert.since_step), -1) < alert.step
+        ]
+
     def to_pandas(self) -> pd.DataFrame:
         """One row per step, statistic and head: columns step, statistic, layer, head, value.
 
@@ -158,6 +173,12 @@ class History:
     def __len__(self) -> int:
         """Number of samples."""
         return len(self.steps)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a table, and the heads map where matplotlib is installed."""
+        from .notebook import show
+
+        return show(self)
 
     def __repr__(self) -> str:
         """A line that says how much is recorded."""
@@ -207,24 +228,24 @@ class HistoryWriter:
 
     def _write(self, sample: RecordedSample) -> None:
         assert self._writer is not None
-        schema = _schema(sample.layout, self._settings)
+        columns_of = schema(sample.layout, self._settings)
         records = [[alert.to_dict() for alert in sample.alerts], list(map(dict, sample.commands))]
         texts = map(json.dumps, [*records, [event.to_dict() for event in sample.events]])
         fields = [sample.step, time.time(), sample.tick, sample.loss, *texts]
-        columns: list[pa.Array] = [pa.array([value], schema.field(at).type) for at, value in enumerate(fields)]
+        columns: list[pa.Array] = [pa.array([value], columns_of.field(at).type) for at, value in enumerate(fields)]
         for part in sample.layout.slices.values():
             flat = pa.array(np.ascontiguousarray(sample.values[part], dtype=np.float32))
             columns.append(pa.FixedSizeListArray.from_arrays(flat, part.stop - part.start))
-        self._writer.write_batch(pa.record_batch(columns, schema=schema))
+        self._writer.write_batch(pa.record_batch(columns, schema=columns_of))
 
     def _start(self, layout: Layout) -> None:
         self.close()
-        taken = [int(file.stem) for file in self._folder.glob(f"*{_SUFFIX}") if file.stem.isdigit()]
-        path = self._folder / f"{max(taken, default=-1) + 1:06d}{_SUFFIX}"
+        taken = [int(file.stem) for file in self._folder.glob(f"*{SUFFIX}") if file.stem.isdigit()]
+        path = self._folder / f"{max(taken, default=-1) + 1:06d}{SUFFIX}"
         self._layout = layout
         # Unbuffered: a sample is in the file when append returns.
         self._stream = path.open("xb", buffering=0)
-        self._writer = pa.ipc.new_stream(self._stream, _schema(layout, self._settings))
+        self._writer = pa.ipc.new_stream(self._stream, schema(layout, self._settings))
 
     def close(self, *, whole: bool = True) -> None:
         """End the file; a later sample starts another.
@@ -240,90 +261,3 @@ class HistoryWriter:
                     writer.close()
             finally:
                 stream.close()
-
-
-def _schema(layout: Layout, settings: Mapping[str, Any]) -> pa.Schema:
-    fields = [("step", pa.int64()), ("time", pa.float64()), ("tick", pa.int64()), ("loss", pa.float64())]
-    fields += [(name, pa.string()) for name in ("alerts", "commands", "events")]
-    fields += [(name, pa.list_(pa.float32(), part.stop - part.start)) for name, part in layout.slices.items()]
-    header = {"format": FORMAT_VERSION, "layers": layout.to_list(), "statistics": layout.statistics}
-    return pa.schema(fields, metadata={"incoherence_monitor": json.dumps({**header, "settings": dict(settings)})})
-
-
-def find_folder(path: Path) -> Path:
-    """The history folder of a run.
-
-    Args:
-        path: the monitor's output directory, the Trainer's (which holds `incoherence/`), or the history folder.
-
-    Raises:
-        HistoryError: if there is none.
-    """
-    for folder in (path / FOLDER, path / "incoherence" / FOLDER, path):
-        if folder.is_dir() and any(folder.glob(f"*{_SUFFIX}")):
-            return folder
-    raise HistoryError(
-        f"There is no incoherence history in {str(path)!r}; give the directory a monitor wrote to "
-        "(its output_dir, or the Trainer's)."
-    )
-
-
-def newest_layout(folder: Path) -> Layout | None:
-    """The streams of a run's newest attempt, without reading its samples; None where no header is whole.
-
-    Args:
-        folder: as `find_folder` returns it.
-
-    Raises:
-        HistoryError: if the history is damaged, or from a newer version of this package.
-    """
-    for file in sorted(folder.glob(f"*{_SUFFIX}"), reverse=True):
-        found = _read(file, samples=False)
-        if found is not None:
-            return found[0]
-    return None
-
-
-def _read(file: Path, *, samples: bool = True) -> tuple[Layout, dict[str, Any], list[RecordedSample]] | None:
-    """Streams, settings and samples of one attempt up to the last whole one; None if its header is not whole."""
-    with file.open("rb") as stream:
-        try:
-            reader = pa.ipc.open_stream(stream)
-        except (pa.ArrowInvalid, EOFError, OSError):
-            return None
-        try:
-            header = json.loads((reader.schema.metadata or {}).get(b"incoherence_monitor", b"{}"))
-            if header.get("format") != FORMAT_VERSION:
-                older = isinstance(header.get("format"), int) and header["format"] < FORMAT_VERSION
-                raise HistoryError(
-                    f"{file} has history format {header.get('format')!r}; this version reads {FORMAT_VERSION}. "
-                    + ("Read it with the version that wrote it." if older else "Update incoherence-monitor.")
-                )
-            # Without the statistics that this version does not know.
-            names = [name for name in STATISTIC_NAMES if name in header["statistics"]]
-            layout = Layout.from_list(header["layers"], names)
-            return layout, header["settings"], list(_samples(reader, layout)) if samples else []
-        except (AttributeError, KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
-            raise HistoryError(
-                f"{file} is damaged ({type(error).__name__}: {error}); move it out of the folder to read the rest."
-            ) from error
-
-
-def _samples(reader: pa.RecordBatchStreamReader, layout: Layout) -> Iterator[RecordedSample]:
-    while True:
-        try:
-            batch = reader.read_next_batch()
-        except (StopIteration, pa.ArrowInvalid, EOFError, OSError):
-            # The end of the file, or of what has been written of it so far.
-            return
-        texts = {name: json.loads(batch.column(name)[0].as_py()) for name in ("alerts", "commands", "events")}
-        yield RecordedSample(
-            step=batch.column("step")[0].as_py(),
-            layout=layout,
-            values=np.concatenate([batch.column(name).flatten().to_numpy() for name in layout.slices]),
-            tick=batch.column("tick")[0].as_py(),
-            alerts=tuple(map(Alert.from_dict, texts["alerts"])),
-            loss=batch.column("loss")[0].as_py(),
-            commands=tuple(texts["commands"]),
-            events=tuple(map(Event.from_dict, texts["events"])),
-        )

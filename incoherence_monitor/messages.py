@@ -9,11 +9,14 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .records import Alert, AlertKind, LayerInfo, head_label
+from .records import Alert, AlertKind, LayerInfo, alert_label, head_label
 from .stats import HeadKind, statistic
 
 COLLECTED_FROM = 4
 """So many warnings of one sample are told together."""
+_PROBABLY, _BACKWARD = "Probably ", "The attention backward "
+"""With one of these begins what a message says of the cause."""
+_SILENCE = "; to silence it: "
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def drift_message(
     return (
         f"{place}: {statistic(name).title} is {_number(value)} where {_number(baseline)} was expected ({change}, "
         f"{deviation:+.1f} robust standard deviations), since about step {since_step}{_loss(around, kind)}. "
-        f"Probably {around.cause}. {next_step}; to silence it: {mute}"
+        f"{_PROBABLY}{around.cause}. {next_step}{_SILENCE}{mute}"
     )
 
 
@@ -102,9 +105,9 @@ def non_finite_message(
     what = {"key": "its keys or values are", "query": "its queries are"}.get(kind, "queries, keys or values are")
     spread = f" (the earliest; {others} heads of later layers are not finite either)" if others else ""
     return (
-        f"{place}: {what} NaN or infinite at step {since_step}{spread}{_loss(around, kind)}. Probably an overflow in "
-        "low precision, a bad batch or a broken kernel upstream. "
-        f"Stop and resume from {_checkpoint(around, since_step)}; to silence it: {mute}"
+        f"{place}: {what} NaN or infinite at step {since_step}{spread}{_loss(around, kind)}. {_PROBABLY}an overflow "
+        "in low precision, a bad batch or a broken kernel upstream. "
+        f"Stop and resume from {_checkpoint(around, since_step)}{_SILENCE}{mute}"
     )
 
 
@@ -115,8 +118,8 @@ def runaway_message(
     return (
         f"{place}: the centred attention logits have a standard deviation of {_number(value)} nats at step "
         f"{since_step}, above the bound of {_number(bound)}, so that attention is all but one-hot{_loss(around, kind)}."
-        " Probably the learning rate is too high or there is no warm-up. Lower it or add QK-norm, from "
-        f"{_checkpoint(around, since_step)}; to silence it: {mute}"
+        f" {_PROBABLY}the learning rate is too high or there is no warm-up. Lower it or add QK-norm, from "
+        f"{_checkpoint(around, since_step)}{_SILENCE}{mute}"
     )
 
 
@@ -135,11 +138,18 @@ def shift_message(
     underflow = " or scale the loss, since float16 gradients underflow" if precision == "float16" else ""
     return (
         f"{place}: the gradient of the keys does not sum to zero at step {since_step}: shift residual "
-        f"{_number(value)}, where {precision} leaves at most {_number(bound)}{_loss(around, kind)}. The attention "
-        "backward is numerically wrong, whatever the data (as in arXiv 2510.04212), unless attention here is no plain "
+        f"{_number(value)}, where {precision} leaves at most {_number(bound)}{_loss(around, kind)}. {_BACKWARD}"
+        "is numerically wrong, whatever the data (as in arXiv 2510.04212), unless attention here is no plain "
         "softmax. Compare with another attn_implementation, such as eager, or run attention in "
-        f"float32{underflow}, from {_checkpoint(around, since_step)}; to silence it: {mute}"
+        f"float32{underflow}, from {_checkpoint(around, since_step)}{_SILENCE}{mute}"
     )
+
+
+def advice(message: str) -> str:
+    """What a message of an alert says is likely the cause and the next step; all of it where that cannot be told."""
+    told = message.rpartition(_SILENCE)[0]
+    begin = max(told.rfind(words) for words in (_PROBABLY, _BACKWARD))
+    return f"{told[begin:]}." if begin >= 0 else message
 
 
 def closed_message(place: str, since_step: int, step: int) -> str:
@@ -173,16 +183,10 @@ def collect(alerts: Sequence[Alert]) -> list[Alert]:
     if len(warnings) < COLLECTED_FROM:
         return list(alerts)
     worst = max(warnings, key=lambda alert: abs(alert.deviation))
-    labels = [_label(alert) for alert in warnings]
+    labels = [alert_label(alert) for alert in warnings]
     told = replace(
         worst,
         message=f"{len(warnings)} heads have left their baselines at step {worst.step}: {', '.join(labels)}. "
         f"The furthest: {worst.message}",
     )
     return [told if alert is worst else alert for alert in alerts if alert is worst or alert.severity == "critical"]
-
-
-def _label(alert: Alert) -> str:
-    if alert.layer_index is None or alert.head is None or alert.kind not in ("key", "query"):
-        return alert.layer or "the model"
-    return head_label(alert.layer_index, "key" if alert.kind == "key" else "query", alert.head)

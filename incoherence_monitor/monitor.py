@@ -149,6 +149,7 @@ class IncoherenceMonitor(Steering):
                 )
                 return
             self._timed("judging a sample", self._pipeline.take_up)
+            self._timed("keeping the coverage", lambda: self._dashboard.keep_coverage(self.coverage, self.samples))
             self._pipeline.prepare(self._tell)
             self._timed("beginning a sample", lambda: self._open(step))
             if self.config.probe is not None:
@@ -310,6 +311,7 @@ class IncoherenceMonitor(Steering):
         if self._closed:
             return
         self.flush()
+        self._reporter.guard("keeping the coverage", lambda: self._dashboard.keep_coverage(self.coverage))
         self._exit()
         self._closed = True
         if self._capture is not None:

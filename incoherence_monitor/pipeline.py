@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from .agreement import Holding
 from .capture import AttentionInput
 from .capture.gradients import Ask
 from .commands import Command, Selection, from_dict, to_dict
-from .dashboard import Dashboard, sample_metrics
+from .dashboard import Dashboard
 from .errors import ModelError
 from .inbox import Inbox
 from .judge import Judge, JudgedSample
@@ -96,8 +96,7 @@ class Pipeline:
         self.latest: JudgedSample | None = None
         self._sampler, self._dashboard, self._reporter = sampler, dashboard, reporter
         self._rank, self._world_size, self._on_alert = rank, world_size, on_alert
-        self._pending: tuple[int, Future[SampleSums]] | None = None
-        self._worker: ThreadPoolExecutor | None = None
+        self._pending: tuple[int, Future[SampleSums], Callable[[], list[float]]] | None = None
         self._shared = distributed.SharedLayout(sampler, reporter)
         self.losses = RecordedLosses()
         self._inbox = inbox
@@ -178,14 +177,15 @@ class Pipeline:
 
     def submit(self, step: int) -> None:
         """Seal the sampler's open sample and start its host phase."""
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="incoherence_monitor")
+        # Losses as they are now, not as they will be when the sample is judged: those a device may still be computing.
+        losses = self.losses.hand_over()
         try:
-            future = self._worker.submit(self._host_phase, self._sampler.seal())
+            finish = self._sampler.seal()
+            future = self._sampler.aside.submit(lambda: self._host_phase(finish))
         except Exception as error:  # Pending all the same: a rank that failed still enters the collective.
             future = Future()
             future.set_exception(error)
-        self._pending = (step, future)
+        self._pending = (step, future, losses)
 
     def _host_phase(self, summarise: Callable[[], SampleSums]) -> SampleSums:
         """On the worker; until it has ended nobody else touches the judge."""
@@ -196,14 +196,14 @@ class Pipeline:
         """Judge the sample that waits, if any. Every rank enters at the same step."""
         if self._pending is None:
             return
-        (step, future), self._pending = self._pending, None
+        (step, future, losses), self._pending = self._pending, None
         try:
-            sums = future.result()
+            sums = self._sampler.aside.result(future)
         except Exception as error:  # A rank that failed still enters the collective below, with count 0.
             self._reporter.failed("computing a sample", error)
             sums = self._sampler.empty()
         self._reporter.guard("reading commands", lambda: self._look_for_commands(step))
-        sums = self._with_loss(sums)
+        sums = self._with_loss(sums, losses)
         if self._world_size > 1:
             sums, told = self._shared.add(sums, [to_dict(command) for command in self._commands])
             if self.stopped:
@@ -241,10 +241,10 @@ class Pipeline:
         if self._inbox is not None:
             self._commands += self._inbox.take(self.judge.layout, step=step)
 
-    def _with_loss(self, sums: SampleSums) -> SampleSums:
-        """This rank's sample with the loss recorded since the one before; read from the device here alone."""
+    def _with_loss(self, sums: SampleSums, losses: Callable[[], list[float]]) -> SampleSums:
+        """This rank's sample with the loss recorded since the one before."""
         found: list[float] = []
-        self._reporter.guard("reading the loss", lambda: found.extend(self.losses.take()))
+        self._reporter.guard("reading the loss", lambda: found.extend(losses()))
         return replace(sums, loss=sum(found), losses=len(found))
 
     def _tell_if_nothing_fits(self, sums: SampleSums) -> None:
@@ -257,8 +257,8 @@ class Pipeline:
             )
 
     def _publish(self, judged: JudgedSample) -> None:
-        metrics = sample_metrics(judged, self.judge.book, alerts=len(self.alerts), cost=self.clock.take())
-        self._dashboard.publish(judged, metrics, self.judge.book, worker=self._worker)
+        cost = self.clock.take() | {"wait_ms": 1000 * self._sampler.aside.take_waited()}
+        self._dashboard.publish(judged, self.judge.book, alerts=len(self.alerts), cost=cost)
         if self._on_alert is not None:
             for alert in judged.alerts:
                 self._tell_user(self._on_alert, alert)
@@ -300,5 +300,4 @@ class Pipeline:
         """Write the last picture and the summary; let go of the worker and of files."""
         book = self.judge.book if self.judge.layout is not None else None
         self._dashboard.close(self.latest, book, self.alerts)
-        if self._worker is not None:
-            self._worker.shutdown()
+        self._sampler.aside.close()

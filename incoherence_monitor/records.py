@@ -278,6 +278,7 @@ class Verdict:
     Attributes:
         expected: [S] the baseline's prediction, in the statistic's unit; NaN where there is none yet.
         deviation: [S] distance from the cohort in robust standard deviations, signed; NaN where not judged.
+        width: [S] one of those standard deviations, in log units; NaN where there is no baseline yet.
         evidence: [S] running mean of the deviation, signed, in units of its threshold; NaN where not judged.
         alarm: [S] the evidence is beyond its threshold, and this sample departs to the same side.
         restless: [S] beyond half the threshold: an open episode stays open.
@@ -293,6 +294,7 @@ class Verdict:
 
     expected: FloatArray
     deviation: FloatArray
+    width: FloatArray
     evidence: FloatArray
     alarm: BoolArray
     restless: BoolArray
@@ -309,3 +311,12 @@ class Verdict:
 def head_label(layer_index: int, kind: HeadKind, head: int) -> str:
     """The head's name on dashboards, such as L03/KV02 or L03/Q07."""
     return f"L{layer_index:02d}/{'KV' if kind == 'key' else 'Q'}{head:02d}"
+
+
+def alert_label(alert: Alert) -> str:
+    """Where an alert is, such as L03/KV02, "layer 3" or "the whole model"."""
+    if alert.layer_index is None:
+        return "the whole model"
+    if alert.head is None or alert.kind not in ("key", "query"):
+        return f"layer {alert.layer_index}"
+    return head_label(alert.layer_index, "key" if alert.kind == "key" else "query", alert.head)

@@ -8,13 +8,14 @@ Layer 4: imports commands, config, errors, history, judge and records.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .commands import Command, from_dict
 from .config import MonitorConfig
 from .errors import HistoryError, SettingError
 from .history import History
-from .judge import Judge
+from .judge import Judge, JudgedSample
 from .records import Alert, Event, RecordedSample
 
 _NOT_JUDGED_BY = ("every", "run")
@@ -89,10 +90,30 @@ def replay(history: History, config: MonitorConfig | None = None) -> Replay:
         HistoryError: if `config` is None and the recorded settings cannot be used.
     """
     config = recorded_config(history) if config is None else config
-    judge = Judge(config, run=str(history.settings.get("run", "")))
     alerts: list[Alert] = []
     events: list[Event] = []
     armed = 0.0
+    for _, judged in judge_again(history, config):
+        alerts += judged.recorded.alerts
+        events += judged.recorded.events
+        armed = judged.verdict.armed_share
+    return Replay(config, tuple(alerts), tuple(events), armed, len(history.judged))
+
+
+def judge_again(history: History, config: MonitorConfig) -> Iterator[tuple[Judge, JudgedSample]]:
+    """Judge a recorded run again, sample by sample.
+
+    Args:
+        history: the recorded run.
+        config: settings, as for `replay`.
+
+    Yields:
+        The judge, as it stands after a sample, and the sample as judged.
+
+    Raises:
+        HistoryError: if the history holds a command that is none.
+    """
+    judge = Judge(config, run=str(history.settings.get("run", "")))
     for sample in history.judged:
         if sample.tick == 0 or (judge.layout is not None and sample.layout.statistics != judge.layout.statistics):
             # Where other statistics are recorded a run begins anew too, though its first sample may be lost.
@@ -102,7 +123,4 @@ def replay(history: History, config: MonitorConfig | None = None) -> Replay:
         judged = judge.judge_values(
             sample.layout, sample.values, step=sample.step, loss=sample.loss, commands=_commands(sample)
         )
-        alerts += judged.recorded.alerts
-        events += judged.recorded.events
-        armed = judged.verdict.armed_share
-    return Replay(config, tuple(alerts), tuple(events), armed, len(history.judged))
+        yield judge, judged

@@ -1,15 +1,18 @@
-"""One sample on the device: from attention inputs to what is copied to the host.
+"""One sample: from attention inputs to what goes on on the host.
 
-Device phase, inside the layer's forward: choose windows, take the statistics that need no eigenvalues and the small
-core that holds the others; queries and keys are not kept. Then one copy to the host, where `sums` goes on.
+Inside the layer's forward: choose windows, and take the statistics that need no eigenvalues and the small core that
+holds the others; queries and keys are not kept. On a device that is all until the sample is sealed with one copy to
+the host. On a CPU the worker takes the eigenvalues while training goes on, and where a core is spare the statistics
+too, from copies of the windows: the same operations on the same numbers, wherever they run.
 
-Layer 3: imports ops, records, shares, sums, windows, capture.base.
+Layer 3: imports aside, ops, records, shares, sums, transfer, windows, capture.base.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,30 +20,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .aside import Aside, spare_core
 from .capture import AttentionInput
 from .config import MonitorConfig, check_count
-from .ops import check_shapes, shift_residual, smooth_statistics
+from .ops import check_shapes, cut_windows, piece_statistics, shift_residual, smooth_statistics
 from .records import LayerInfo, Layout
 from .shares import Shares
 from .stats import statistic
-from .sums import SampleSums, flatten, summarise
-from .windows import Place, WindowPlan, choose_window, extend_plan, lengths_of, select_windows
+from .sums import Part, SampleSums, part_of, summarise
+from .transfer import to_host, triangle
+from .windows import Place, Selection, WindowPlan, choose_window, extend_plan, lengths_of, select_windows
+
+KEEP, CORE = "keep", "core"
 
 
 @dataclass
 class LayerWindows:
-    """What one layer has yielded in a sample so far, on the device: one entry per micro-batch.
+    """What one layer has yielded in a sample so far: one entry per micro-batch.
 
     Attributes:
         info: the layer.
-        parts: flat float32 tensors, as `sums.flatten` makes them.
-        held: N of each part, and the names of its statistics.
+        parts: on the host, in the making; or by name what lies on a device.
         residuals: [sequences, Hk] shift residuals, which come with the backward.
     """
 
     info: LayerInfo
-    parts: list[Tensor] = field(default_factory=list)
-    held: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
+    parts: list[Future[Part] | dict[str, Tensor]] = field(default_factory=list)
     residuals: list[Tensor] = field(default_factory=list)
 
     def take_gradient(self, sequences: int, grad: Tensor) -> None:
@@ -79,6 +84,7 @@ class WindowSampler:
         self.barren: dict[str, int] = {}
         self._fruitful: set[str] = set()
         self._step = 0
+        self.aside = Aside()
         self._also = tuple(name for name in config.recorded if statistic(name).on_request)
 
     def open(self, step: int) -> None:
@@ -125,17 +131,22 @@ class WindowSampler:
             if chosen is None:
                 self.skipped[f"windows for which no sequence had {plan.window} tokens"] += sum(part)
                 return
-            smooth, core = smooth_statistics(
-                chosen.take(given.query),
-                chosen.take(given.key),
-                value=None if given.value is None else chosen.take(given.value),
-                scale=given.scale,
-                also=self._also,
-                causal=given.causal,
-            )
-            flat, names = flatten(chosen.keep, smooth, core)
-            held.parts.append(flat)
-            held.held.append((sum(part), names))
+            held.parts.append(self._measure(given, chosen))
+
+    def _measure(self, given: AttentionInput, chosen: Selection) -> Future[Part] | dict[str, Tensor]:
+        settings: dict[str, Any] = {"scale": given.scale, "also": self._also, "causal": given.causal}
+        heads = (given.query, given.key, given.value)
+        if given.query.device.type != "cpu":
+            query, key, value = heads
+            found = smooth_statistics(query, key, value=value, windows=chosen.windows, **settings)
+            return to_be_copied(chosen.keep, *found)
+        pieces = cut_windows(*heads, windows=chosen.windows)
+        if spare_core():
+            copies = [piece.copy() for piece in pieces]
+            held = sum(piece.bytes for piece in copies)
+            return self.aside.submit(lambda: part_of(chosen.keep, *piece_statistics(copies, **settings)), held=held)
+        smooth, core = piece_statistics(pieces, **settings)
+        return self.aside.submit(lambda: part_of(chosen.keep, smooth, core))
 
     def _layer(self, given: AttentionInput, describe: Callable[[AttentionInput], LayerInfo]) -> LayerInfo:
         _, query_heads, _, dim = given.query.shape
@@ -162,10 +173,10 @@ class WindowSampler:
         return known
 
     def seal(self) -> Callable[[], SampleSums]:
-        """End the sample: copy it to the host, once per device.
+        """End the sample: begin to copy what lies on devices to the host, once per device.
 
         Returns:
-            The host phase, to be called on any thread.
+            The host phase, to be called on the worker, after all that it has been given before.
         """
         held = sorted(self._open.values(), key=lambda layer: layer.info.index)
         self._open = {}
@@ -177,16 +188,27 @@ class WindowSampler:
                 self.skipped["windows asked for that the step's batches cannot hold"] += missing
         self.skipped = +self.skipped
         layout = self._layout_of_all()
-        by_device: dict[torch.device, list[LayerWindows]] = {}
-        for layer in held:
-            for one in (*layer.parts, *layer.residuals)[:1]:
-                by_device.setdefault(one.device, []).append(layer)
-        copied = []
-        for layers in by_device.values():
-            parts = [part.flatten() for layer in layers for part in (*layer.parts, *layer.residuals)]
-            told = [(layer.info, layer.held, [len(each) for each in layer.residuals]) for layer in layers]
-            copied.append((torch.cat(parts).cpu(), told))
-        return lambda: summarise(layout, copied)
+        on_device = [[part for part in layer.parts if isinstance(part, dict)] for layer in held]
+        arrived = to_host(
+            [
+                tensor
+                for layer, parts in zip(held, on_device, strict=True)
+                for tensor in (*(tensor for part in parts for tensor in part.values()), *layer.residuals)
+            ]
+        )
+
+        def finish() -> SampleSums:
+            tensors = iter(arrived())
+            taken = []
+            for layer in held:
+                parts = [
+                    part.result() if isinstance(part, Future) else _unpacked({name: next(tensors) for name in part})
+                    for part in layer.parts
+                ]
+                taken.append((layer.info, parts, [next(tensors) for _ in layer.residuals]))
+            return summarise(layout, taken)
+
+        return finish
 
     def _layout_of_all(self) -> Layout:
         layers = tuple(sorted(self.layers.values(), key=lambda layer: layer.index))
@@ -268,3 +290,16 @@ class WindowSampler:
             return False
         self.layers = {layer.name: layer for layer in layout.layers}
         return self.assign({})
+
+
+def to_be_copied(keep: Tensor | None, smooth: Mapping[str, Tensor], core: Tensor) -> dict[str, Tensor]:
+    """What stays of a part on its device until the sample is sealed: of the cores, the triangle that says all."""
+    kept = torch.ones(len(core), device=core.device) if keep is None else keep.float()
+    rows, columns = triangle(core.shape[-1], core.device)
+    return {**smooth, KEEP: kept, CORE: core[..., rows, columns]}
+
+
+def _unpacked(tensors: dict[str, Tensor]) -> Part:
+    """A part that came from a device."""
+    keep, core = tensors.pop(KEEP), tensors.pop(CORE)
+    return part_of(keep, tensors, core)

@@ -2,21 +2,21 @@
 
 Host phase of a sample, on a worker thread: from what was copied off the device to eigenvalues, logarithms and sums.
 
-Layer 3: imports ops, records and stats.
+Layer 3: imports ops, records, stats and transfer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .ops import spectral_statistics
 from .records import BoolArray, FloatArray, LayerInfo, Layout
-from .stats import STATISTIC_NAMES, HeadKind, statistic
+from .stats import HeadKind
+from .transfer import to_host, triangle
 
 LEAST = 1e-12
 """Lengths and scales of zero count as this, so that a head that dies has a logarithm and is judged."""
@@ -74,13 +74,24 @@ class RecordedLosses:
         self._held = self._held[-(LOSSES_HELD - 1) :]
         self._held.append(loss.detach().clone() if isinstance(loss, Tensor) else float(loss))
 
-    def take(self) -> list[float]:
-        """The mean of those held, which are let go; none if there is none, infinite if it is not finite."""
-        held, self._held = self.state_dict(), []
-        if not held:
-            return []
-        mean = float(np.mean(held))
-        return [mean if np.isfinite(mean) else float("inf")]
+    def hand_over(self) -> Callable[[], list[float]]:
+        """Let go of those held; the call gives their mean, on whichever thread, without the device's being waited for.
+
+        Returns:
+            Gives the mean; nothing if there is none, infinite if it is not finite.
+        """
+        held, self._held = self._held, []
+        arrived = to_host([loss.reshape(1) for loss in held if isinstance(loss, Tensor)])
+        numbers = [loss for loss in held if not isinstance(loss, Tensor)]
+
+        def mean() -> list[float]:
+            losses = [*numbers, *(float(loss) for loss in arrived())]
+            if not losses:
+                return []
+            found = float(np.mean(losses))
+            return [found if np.isfinite(found) else float("inf")]
+
+        return mean
 
     def state_dict(self) -> list[float]:
         """Those held, as numbers."""
@@ -91,93 +102,72 @@ class RecordedLosses:
         self._held = list(state)
 
 
-Held = list[tuple[int, tuple[str, ...]]]
-"""Number of windows in each part of a layer's sample, and the names of its statistics."""
+@dataclass(frozen=True)
+class Part:
+    """What one micro-batch has yielded of a layer, on the host.
+
+    Attributes:
+        keep: bool [N], which windows count.
+        values: by statistic, [N, heads].
+    """
+
+    keep: BoolArray
+    values: dict[str, FloatArray]
 
 
-def flatten(keep: Tensor | None, smooth: Mapping[str, Tensor], core: Tensor) -> tuple[Tensor, tuple[str, ...]]:
-    """Lay one part of a layer's sample out for the copy to the host.
+def part_of(keep: Tensor | None, smooth: Mapping[str, Tensor], core: Tensor) -> Part:
+    """Take the eigenvalues and what else a part consists of, on the host.
 
     Args:
-        keep: bool [N], False for windows that do not count; None if all do.
+        keep: [N], zero for windows that do not count; None if all do.
         smooth: by name, [N, heads].
-        core: [N, Hq, d, d], symmetric.
-
-    Returns:
-        Flat float32: keep [N], each statistic, the lower triangles of the cores; and the statistics in their order.
+        core: [N, Hq, d, d], or its lower triangle [N, Hq, d (d + 1) / 2].
     """
-    names = tuple(name for name in STATISTIC_NAMES if name in smooth)
-    rows, columns = _triangle(core.shape[-1])
-    kept = torch.ones(len(core), device=core.device) if keep is None else keep.float()
-    parts = [smooth[name].flatten() for name in names]
-    return torch.cat([kept, *parts, core[..., rows, columns].flatten()]), names
+    if core.dim() == 3:
+        dim = int((8 * core.shape[-1] + 1) ** 0.5 - 1) // 2
+        rows, columns = triangle(dim, core.device)
+        whole = core.new_zeros(*core.shape[:2], dim, dim)
+        whole[..., rows, columns] = core
+        # The eigenvalue routine reads the lower triangle alone, but what is not finite may be anywhere.
+        core = whole
+    values = {name: value.double().numpy() for name, value in {**smooth, **spectral_statistics(core)}.items()}
+    kept = np.ones(len(core), dtype=bool) if keep is None else keep.numpy() > 0
+    return Part(kept, values)
 
 
-def summarise(layout: Layout, copied: list[tuple[Tensor, list[tuple[LayerInfo, Held, list[int]]]]]) -> SampleSums:
-    """The host phase: eigenvalues, logarithms, sums over windows, or over sequences for what comes of gradients.
+def summarise(layout: Layout, taken: Iterable[tuple[LayerInfo, list[Part], list[Tensor]]]) -> SampleSums:
+    """Logarithms, and sums over windows, or over sequences for what comes of gradients.
 
     Args:
         layout: the streams.
-        copied: for every device what lies on it, flat, with its layers: their parts, and the numbers of sequences of
-            their shift residuals, which come after the parts.
+        taken: layers with their parts and their shift residuals [sequences, Hk], on the host.
     """
     total, count, non_finite = np.zeros(layout.size), np.zeros(layout.size), np.zeros(layout.size)
     too_short = 0
     places = {(int(layer), name): part for name, part, layer in layer_parts(layout)}
     at_of = {layer.name: at for at, layer in enumerate(layout.layers)}
 
-    def add(info: LayerInfo, name: str, values: FloatArray) -> None:
+    def add(at: int, name: str, values: FloatArray) -> None:
         if name in _MAY_BE_ZERO:
             values = np.maximum(values, LEAST)
         with np.errstate(divide="ignore", invalid="ignore"):
             logs = np.log(values)
         known = np.isfinite(logs)
-        total[places[at_of[info.name], name]] += np.where(known, logs, 0).sum(axis=0)
-        count[places[at_of[info.name], name]] += known.sum(axis=0)
+        total[places[at, name]] += np.where(known, logs, 0).sum(axis=0)
+        count[places[at, name]] += known.sum(axis=0)
 
-    for flat, layers in copied:
-        start = 0
-        for info, held, sequences in layers:
-            for number, names in held:
-                keep, values, start = _unpack(flat, start, info, number, names)
-                bad = _not_finite(values)
-                too_short += int((~keep).sum())
-                for name, per_window in values.items():
-                    add(info, name, per_window[keep])
-                for row in layout.rows:
-                    non_finite[places[at_of[info.name], row.name]] += bad[row.kind][keep].sum(axis=0)
-            for number in sequences:
-                stop = start + number * info.key_heads
-                add(info, "shift_residual", flat[start:stop].reshape(number, info.key_heads).double().numpy())
-                start = stop
+    for info, parts, residuals in taken:
+        at = at_of[info.name]
+        for part in parts:
+            bad = _not_finite(part.values)
+            too_short += int((~part.keep).sum())
+            for name, per_window in part.values.items():
+                add(at, name, per_window[part.keep])
+            for row in layout.rows:
+                non_finite[places[at, row.name]] += bad[row.kind][part.keep].sum(axis=0)
+        for residual in residuals:
+            add(at, "shift_residual", residual.double().numpy())
     return SampleSums(layout, total, count, non_finite, too_short)
-
-
-def _triangle(dim: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns of a symmetric matrix's lower triangle: half of it says all."""
-    rows, columns = torch.tril_indices(dim, dim)
-    return rows, columns
-
-
-def _unpack(
-    flat: Tensor, start: int, info: LayerInfo, number: int, names: tuple[str, ...]
-) -> tuple[BoolArray, dict[str, FloatArray], int]:
-    """Which windows count, the statistics by name, [N, heads] each, and where the next part starts."""
-
-    def take(*shape: int) -> Tensor:
-        nonlocal start
-        size = int(np.prod(shape))
-        start += size
-        return flat[start - size : start].reshape(shape)
-
-    keep = take(number).numpy() > 0
-    values = {name: take(number, info.heads(statistic(name).kind)).double().numpy() for name in names}
-    rows, columns = _triangle(info.head_dim)
-    core = torch.zeros(number, info.query_heads, info.head_dim, info.head_dim, dtype=flat.dtype)
-    core[..., rows, columns] = take(number, info.query_heads, len(rows))
-    core[..., columns, rows] = core[..., rows, columns]
-    values |= {name: value.double().numpy() for name, value in spectral_statistics(core).items()}
-    return keep, values, start
 
 
 def _not_finite(values: Mapping[str, FloatArray]) -> dict[HeadKind, BoolArray]:

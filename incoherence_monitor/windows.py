@@ -5,7 +5,7 @@ half at the start of sequences, where attention sinks live, half at offsets draw
 own, seeded by step, rank and micro-batch. The training run's generators are never touched, and nothing here reads
 back from the device.
 
-Layer 3: imports config for the ladder of lengths.
+Layer 3: imports config for the ladder of lengths, ops and transfer.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from .config import WINDOW_LADDER, MonitorConfig
+from .ops import Windows
+from .transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -113,18 +115,12 @@ class Selection:
     """Windows chosen in one batch.
 
     Attributes:
-        rows: [N] int64, sequence of each window.
-        positions: [N, W] int64, its token positions.
+        windows: where they lie; on the host where no mask had to be looked at.
         keep: [N] bool, False where no sequence was long enough; None if all are to be kept.
     """
 
-    rows: Tensor
-    positions: Tensor
+    windows: Windows
     keep: Tensor | None
-
-    def take(self, heads: Tensor) -> Tensor:
-        """Gather the windows from [B, H, L, d] as [N, H, W, d]."""
-        return heads[self.rows[:, None], :, self.positions].transpose(1, 2)
 
 
 def select_windows(
@@ -146,7 +142,7 @@ def select_windows(
         window: tokens in a window.
         part: windows at starts, windows at offsets.
         valid: bool [B, L], or None if every token is valid.
-        device: where the index tensors shall lie.
+        device: where `valid` and `document_starts` lie.
         seed: non-negative numbers that seed the draw.
         document_starts: bool [B, L], True where a packed document begins; None if each sequence is one document.
 
@@ -163,13 +159,14 @@ def select_windows(
     rotation = int(draw.integers(batch))
     # Windows at starts take the first sequences of the rotated order, windows at offsets go on from there.
     # float32, as some devices have no float64; rounding may then reach one past the last place, hence the clamps.
-    fraction = torch.from_numpy(np.concatenate([np.zeros(starts), draw.random(offsets)])).float().to(device)
-    place = torch.arange(number, device=device)
-    steps = torch.arange(window, device=device)
+    fractions = np.concatenate([np.zeros(starts), draw.random(offsets)]).astype(np.float32)
     if valid is None:
-        rows = (place + rotation) % batch
-        first = (fraction * (length - window + 1)).long().clamp(max=length - window)
-        return Selection(rows, first[:, None] + steps, None)
+        # Nothing on a device is needed to know them, so they are left on the host.
+        rows = torch.from_numpy((np.arange(number) + rotation) % batch)
+        first = torch.from_numpy(fractions * np.float32(length - window + 1)).long().clamp(max=length - window)
+        return Selection(Windows(rows, first, window), None)
+    fraction, place = to_device(torch.from_numpy(fractions), device), torch.arange(number, device=device)
+    steps = torch.arange(window, device=device)
     count = valid.sum(dim=1)
     fits = count >= window
     turn = (torch.arange(batch, device=device) - rotation) % batch
@@ -177,10 +174,10 @@ def select_windows(
     rows = order[place % fits.sum().clamp(min=1)]
     begin = valid.long().argmax(dim=1)[rows]
     first = begin + (fraction * (count[rows] - window + 1).clamp(min=0)).long()
-    positions = first.clamp(max=length - window)[:, None] + steps
+    first = first.clamp(max=length - window)
     # Valid tokens with holes between them hold no window of consecutive ones where a hole falls inside.
-    keep = fits[rows] & valid[rows[:, None], positions].all(dim=1)
-    return Selection(rows, positions, keep)
+    keep = fits[rows] & valid[rows[:, None], first[:, None] + steps].all(dim=1)
+    return Selection(Windows(rows, first, window), keep)
 
 
 def _within_documents(
@@ -197,13 +194,13 @@ def _within_documents(
         count = cumulated[-1]
         # One draw from each of `number` equal parts of the places, which spreads the windows over sequences.
         quantile = (np.arange(number) + draw.random(number)) / max(1, number)
-        wanted = (torch.from_numpy(quantile).float().to(device) * count).long().clamp(max=count - 1)
+        wanted = (to_device(torch.from_numpy(quantile.astype(np.float32)), device) * count).long().clamp(max=count - 1)
         firsts.append(torch.searchsorted(cumulated, wanted + 1).clamp(max=batch * length - 1))
         kept.append((count > 0).expand(number))
     first, keep = torch.cat(firsts), torch.cat(kept)
     rows = first // length
     begin = (first % length).clamp(max=length - window)
-    return Selection(rows, begin[:, None] + torch.arange(window, device=device), keep)
+    return Selection(Windows(rows, begin, window), keep)
 
 
 def lengths_of(valid: Tensor | None, document_starts: Tensor | None, length: int) -> Tensor:

@@ -13,14 +13,14 @@ import incoherence_monitor
 
 PACKAGE = Path(incoherence_monitor.__file__).parent
 LAYERS = [
-    {"errors", "reporting", "coverage"},
+    {"errors", "reporting", "coverage", "transfer"},
     {"ops"},
     {"stats", "config", "probe", "records", "messages", "vectors", "baseline", "detectors", "findings", "alerts"}
     | {"commands", "causes", "episodes", "loss"},
-    {"windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
-    | {"trackers", "history", "judge", "figures", "inbox"},
-    {"dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
-    {"integrations"},
+    {"aside", "windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
+    | {"trackers", "attempts", "history", "notebook", "judge", "figures", "field", "inbox"},
+    {"metrics", "dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
+    {"integrations", "audit", "report"},
     {"demo", "cli", ""},
 ]
 SIDEWAYS = {
@@ -36,24 +36,31 @@ SIDEWAYS = {
     "episodes": {"findings", "records", "stats"},
     "alerts": {"causes", "episodes", "findings", "loss", "messages", "records", "stats"},
     "shares": {"windows"},
-    "sampling": {"windows", "shares", "sums", "capture"},
+    "sampling": {"aside", "windows", "shares", "sums", "capture"},
     "agreement": {"windows", "sums"},
     "distributed": {"windows", "agreement", "capture", "sampling", "sharding", "sums"},
     "judge": {"sums"},
+    "history": {"attempts", "notebook"},
+    "notebook": {"figures", "history"},
+    "figures": {"field"},
+    "dashboard": {"metrics"},
     "pipeline": {"dashboard"},
     "steering": {"pipeline"},
     "monitor": {"pipeline", "state", "dashboard", "steering", "watching"},
+    "audit": {""},
+    "report": {""},
     "cli": {"demo", ""},
 }
 OPTIONAL = {
-    "transformers": {"capture/routed.py", "integrations/transformers.py", "demo.py"},
+    "transformers": {"capture/routed.py", "integrations/transformers.py", "demo.py", "audit/loading.py"},
     "accelerate": set(),
     "wandb": {"trackers/wandb.py"},
     "tensorboard": {"trackers/tensorboard.py"},
     "torch.utils.tensorboard": {"trackers/tensorboard.py"},
-    "matplotlib": {"figures.py"},
+    "matplotlib": {"figures.py", "field.py", "audit/pictures.py", "audit/result.py", "audit/page.py"},
     "pandas": {"history.py"},
-    "triton": set(),
+    "triton": {"ops/kernels.py"},
+    "tqdm": {"audit/progress.py"},
     "scipy": set(),
 }
 

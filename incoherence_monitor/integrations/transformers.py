@@ -90,6 +90,7 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.stop_on_alert = stop_on_alert
         self.monitor: IncoherenceMonitor | None = None
         self._acted = False
+        self._training = False
         self.from_checkpoint = False
         self._arguments: Any = None
         self._context: Any = None
@@ -130,7 +131,7 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self._adopt_what_json_cannot_hold(args)
         if self.monitor is not None:
             self.monitor.close()
-        self._acted = False
+        self._acted, self._training = False, True
         self._checkpoints = Path(args.output_dir) if args.save_total_limit else None
         every = automatic_interval(state.max_steps) if self.every == "auto" else self.every
         directory = Path(self.output_dir or Path(args.output_dir) / "incoherence")
@@ -141,7 +142,9 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             every=every,
             config=self.config,
             output_dir=directory,
-            trackers=_reporters(args, state, handler, directory) if automatic else self.trackers,
+            trackers=_reporters(args, state, handler, directory, lambda: self._training)
+            if automatic
+            else self.trackers,
             on_alert=self.on_alert,
             micro_batches=args.gradient_accumulation_steps,
         )
@@ -203,13 +206,15 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         return control
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Judge what is in flight before a checkpoint at the end of an epoch."""
-        if self.monitor is not None and (control.should_save or str(args.save_strategy).endswith("epoch")):
+        """Judge what is in flight before a checkpoint at the end of an epoch, and before reporters end their runs."""
+        over = control.should_training_stop or state.global_step >= state.max_steps
+        if self.monitor is not None and (over or control.should_save or str(args.save_strategy).endswith("epoch")):
             self.monitor.flush()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Judge the last sample, write the last picture and the summary."""
         self._leave()
+        self._training = False
         if self.monitor is not None:
             self._keep(args, state)
             self.monitor.close()
@@ -260,7 +265,7 @@ def _callback_handler() -> Any:
     return None
 
 
-def _reporters(args: Any, state: Any, handler: Any, directory: Path) -> list[Any]:
+def _reporters(args: Any, state: Any, handler: Any, directory: Path, training: Callable[[], bool]) -> list[Any]:
     """Trackers for what `report_to` names."""
     if not state.is_world_process_zero:
         return []
@@ -282,7 +287,7 @@ def _reporters(args: Any, state: Any, handler: Any, directory: Path) -> list[Any
     others = [
         callback for callback in active if type(callback).__name__ not in ("TensorBoardCallback", "WandbCallback")
     ]
-    found += [ForeignTracker(_Reporter(callback, args, state, handler)) for callback in others]
+    found += [ForeignTracker(_Reporter(callback, args, state, handler, training)) for callback in others]
     return found
 
 
@@ -295,10 +300,14 @@ def _tensorboard(writer: Any, directory: Path) -> Tracker:
 class _Reporter:
     """Gives one of the Trainer's reporting callbacks our scalars, at the step of the sample."""
 
-    def __init__(self, callback: Any, args: Any, state: Any, handler: Any) -> None:
+    def __init__(self, callback: Any, args: Any, state: Any, handler: Any, training: Callable[[], bool]) -> None:
         self._callback, self._args, self._state, self._handler = callback, args, state, handler
+        self._training = training
 
     def log(self, values: dict[str, float], *, step: int) -> None:
+        if not self._training():
+            # It has ended its run already, and some, as MLflow's, would open another. The history has the sample.
+            return
         from transformers import TrainerControl
 
         state = copy.copy(self._state)

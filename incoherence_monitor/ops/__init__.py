@@ -1,15 +1,24 @@
-"""From queries, keys and values to one number per head: the fast form, its float64 reference, and interaction rank."""
+"""From queries, keys and values to one number per head: fused, batched, the float64 reference, and interaction rank."""
 
 from __future__ import annotations
 
-from .gram import head_statistics, interaction_rank, smooth_statistics, spectral_statistics
-from .shapes import check_shapes
+from .gram import head_statistics, piece_statistics, smooth_statistics
+from .pieces import Piece, cut_windows
+from .reference import energy_field
+from .shapes import Windows, check_shapes
 from .shift import shift_residual, shift_vector
+from .spectra import spectral_statistics
+from .weights import interaction_rank
 
 __all__ = [
+    "Piece",
+    "Windows",
     "check_shapes",
+    "cut_windows",
+    "energy_field",
     "head_statistics",
     "interaction_rank",
+    "piece_statistics",
     "shift_residual",
     "shift_vector",
     "smooth_statistics",

@@ -17,19 +17,26 @@ from torch import Tensor
 from .constants import KEYS_EQUAL_BELOW, LEVERAGE_CUTOFF, RANK_SHARE
 
 
-def energy_field(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
-    """Form the energy field E = s Q (K - 1 kbar^T)^T of one head.
+def energy_field(query: Tensor, key: Tensor, scale: float, causal: bool = False) -> Tensor:
+    """Form the energy field E = s Q (K - 1 kbar^T)^T of one head: its logits with every row's mean taken away.
 
     Args:
         query: [L, d], any float dtype.
         key: [L, d], any float dtype.
         scale: the factor s of the attention product.
+        causal: centre row i over the keys j <= i alone and leave zero elsewhere, as figure 1 of arXiv 2605.02907
+            shows it; the rank of that field is not bounded by d.
 
     Returns:
-        [L, L] float64, every row summing to zero.
+        [L, L] float64 in nats, every row summing to zero. It takes 8 L^2 bytes: for pictures and checks.
     """
     centred = key.double() - key.double().mean(dim=0)
-    return scale * query.double() @ centred.T
+    full = scale * query.double() @ centred.T
+    if not causal:
+        return full
+    seen = torch.ones_like(full).tril()
+    means = (full * seen).sum(dim=1, keepdim=True) / seen.sum(dim=1, keepdim=True)
+    return (full - means) * seen
 
 
 def energy_singular_values(query: Tensor, key: Tensor, *, scale: float, method: Literal["svd", "qr"] = "svd") -> Tensor:
@@ -46,7 +53,7 @@ def energy_singular_values(query: Tensor, key: Tensor, *, scale: float, method: 
         float64, [L] for "svd", [min(L, d)] for "qr".
     """
     if method == "svd":
-        values: Tensor = torch.linalg.svdvals(energy_field(query, key, scale=scale))
+        values: Tensor = torch.linalg.svdvals(energy_field(query, key, scale))
         return values
     centred = key.double() - key.double().mean(dim=0)
     r_query = torch.linalg.qr(query.double(), mode="r").R
@@ -151,7 +158,7 @@ def query_head_statistics(
         result["energy_scale"] = 0.0
         return result
     if method == "svd":
-        columns = (energy_field(query, key, scale=scale) ** 2).sum(dim=0)
+        columns = (energy_field(query, key, scale) ** 2).sum(dim=0)
     else:
         columns = scale**2 * ((centred @ gram) * centred).sum(dim=1)
     values = energy_singular_values(query, key, scale=scale, method=method)

@@ -1,14 +1,51 @@
-"""Whether queries, keys, values and masks fit together.
+"""Whether queries, keys, values and masks fit together, where windows lie in them, and how wide to calculate.
 
-Layer 1: imports torch and errors.
+Layer 1: imports torch, errors and transfer.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import SettingError
+from ..transfer import to_device
+
+
+class Windows(NamedTuple):
+    """Windows of one length in a batch of longer sequences.
+
+    Attributes:
+        rows: int64 [N], sequence of each window; on the host or on the sequences' device.
+        starts: int64 [N], its first token; likewise.
+        length: its tokens; no window reaches beyond its sequence.
+    """
+
+    rows: Tensor
+    starts: Tensor
+    length: int
+
+    def on(self, device: torch.device) -> Windows:
+        """With rows and starts on a device, to which they are copied without its being waited for."""
+        return Windows(to_device(self.rows, device), to_device(self.starts, device), self.length)
+
+    def take(self, heads: Tensor) -> Tensor:
+        """Copy the windows out of [B, H, L, d], on their device, as [N, H, length, d]."""
+        return heads[self.rows[:, None], :, self._positions()].transpose(1, 2)
+
+    def take_tokens(self, mask: Tensor) -> Tensor:
+        """Copy the windows out of [B, L], on their device, as [N, length]."""
+        return mask[self.rows[:, None], self._positions()]
+
+    def _positions(self) -> Tensor:
+        return self.starts[:, None] + torch.arange(self.length, device=self.starts.device)
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """The widest float that a device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def check_shapes(

@@ -4,13 +4,15 @@ Softmax ignores a constant added to a row of logits, so adding one vector to all
 and the sum of dL/dk_j over all keys is zero in exact arithmetic, whatever the data. What is left is rounding, or an
 attention kernel whose backward is wrong (arXiv 2510.04212).
 
-Layer 1: imports torch alone.
+Layer 1: imports torch and shapes.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .shapes import working_dtype
 
 FLOOR = 1e-12
 """Smallest residual told apart from an exact zero, whose logarithm would not be finite."""
@@ -23,7 +25,7 @@ def shift_residual(grad: Tensor) -> Tensor:
 
     The sums run over all positions, padding included: where a padded key takes part in no softmax its gradient is
     zero and adds nothing; where it does take part, as for the rows of left padding, which have nothing else to attend
-    to, the sum is zero only with it. Neither reads back from the device nor copies the gradient on it.
+    to, the sum is zero only with it. Neither reads back from a device nor copies the gradient on it.
 
     Args:
         grad: [B, Hk, L, d], gradient of the keys that attention received, any float dtype and strides.
@@ -32,13 +34,27 @@ def shift_residual(grad: Tensor) -> Tensor:
         [B, Hk] in [`FLOOR`, 1], float64 (float32 on a device without it); NaN where the gradients are below
         `LEAST` or one is not finite.
     """
-    # A half-precision sum over a long sequence would add the very noise that is to be measured.
-    wide = torch.float32 if grad.device.type == "mps" else torch.float64
-    # Norms first along the width: squares of a scaled or a tiny gradient over- or underflow in float32, not here.
-    total = torch.linalg.vector_norm(grad.sum(dim=2, dtype=wide), dim=-1)
-    parts = torch.linalg.vector_norm(grad, dim=-1, dtype=wide).sum(dim=-1)
-    residual = (total / parts).clamp(min=FLOOR)
+    total, parts = _sums(grad)
+    residual = (torch.linalg.vector_norm(total, dim=-1) / parts).clamp(min=FLOOR)
     return torch.where(torch.isfinite(parts) & (parts > LEAST * grad.shape[2]), residual, torch.nan)
+
+
+def _sums(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_j dL/dk_j, [B, Hk, d], and sum_j ||dL/dk_j||, [B, Hk]."""
+    # A half-precision sum over a long sequence would add the very noise that is to be measured; squares of a scaled
+    # or a tiny gradient over- or underflow in float32.
+    wide = working_dtype(grad.device)
+    if grad.device.type != "cpu":
+        lengths = torch.linalg.vector_norm(grad, dim=-1, dtype=wide)
+        return grad.sum(dim=2, dtype=wide), lengths.sum(dim=-1)
+    # One sequence at a time stays in a CPU's cache, and in the same memory.
+    totals, parts = [], []
+    room = torch.empty_like(grad[:1], dtype=wide)
+    for one in torch.split(grad, 1):
+        room.copy_(one)
+        totals.append(room.sum(dim=2))
+        parts.append(room.square_().sum(dim=-1).sqrt_().sum(dim=-1))
+    return torch.cat(totals), torch.cat(parts)
 
 
 def shift_vector(grad: Tensor) -> Tensor:
@@ -50,6 +66,5 @@ def shift_vector(grad: Tensor) -> Tensor:
     Returns:
         [B, Hk, d] as `shift_residual`, NaN where it is undefined.
     """
-    wide = torch.float32 if grad.device.type == "mps" else torch.float64
-    parts: Tensor = torch.linalg.vector_norm(grad, dim=-1, dtype=wide).sum(dim=-1)
-    return grad.sum(dim=2, dtype=wide) / parts[..., None]
+    total, parts = _sums(grad)
+    return total / parts[..., None]

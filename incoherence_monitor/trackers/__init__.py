@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
-from .base import CompositeTracker, ForeignTracker, InMemoryTracker, Picture, Tracker, as_tracker
+from .base import CompositeTracker, ForeignTracker, InMemoryTracker, Picture, Table, Tracker, as_tracker
+from .panels import PREFIX, Panel, Section, sections
 
-__all__ = ["CompositeTracker", "ForeignTracker", "InMemoryTracker", "Picture", "Tracker", "as_tracker"]
+__all__ = [
+    "PREFIX",
+    "CompositeTracker",
+    "ForeignTracker",
+    "InMemoryTracker",
+    "Panel",
+    "Picture",
+    "Section",
+    "Table",
+    "Tracker",
+    "as_tracker",
+    "sections",
+]

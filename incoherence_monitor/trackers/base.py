@@ -1,11 +1,12 @@
 """What writes metrics: the tracker protocol, the composite, the in-memory one, and the adapter for foreign ones.
 
-Layer 3: imports records and errors.
+Layer 3: imports records and errors, and what panels are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,15 +14,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SettingError
-from ..records import Alert
+from ..records import Alert, FloatArray
+from .panels import Section
 
 Picture = NDArray[np.uint8]
 """[height, width, 3] RGB."""
 
 
+@dataclass(frozen=True)
+class Table:
+    """Rows for people to read.
+
+    Attributes:
+        columns: their titles.
+        rows: texts and numbers, as many as there is room for.
+        total: number of rows there would be.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | float, ...], ...]
+    total: int
+
+
 @runtime_checkable
 class Tracker(Protocol):
-    """Where scalars, pictures and alerts go. Steps are training steps and never decrease."""
+    """Where scalars, pictures and alerts go. Steps are training steps, and do not decrease for one name.
+
+    A tracker may also take, by methods of these names, what not every backend can show:
+    `panels(sections)`, a `Section` each, before the first metrics of a run, and again when it records more;
+    `distributions(values, step=...)`, arrays of all heads' values by name;
+    `table(name, table, step=...)`, a `Table`;
+    `note(text, step=...)`, what became of an alert.
+    """
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Write scalars of one sample."""
@@ -48,6 +72,9 @@ class InMemoryTracker:
         self.pictures: list[tuple[int, str, Picture]] = []
         self.alerts: list[Alert] = []
         self.notes: list[tuple[int, str]] = []
+        self.sections: tuple[Section, ...] = ()
+        self.histograms: list[tuple[int, dict[str, FloatArray]]] = []
+        self.tables: list[tuple[int, str, Table]] = []
         self.summaries: dict[str, float] = {}
         self.closed = False
 
@@ -66,6 +93,18 @@ class InMemoryTracker:
     def note(self, text: str, *, step: int) -> None:
         """Keep a note."""
         self.notes.append((step, text))
+
+    def panels(self, sections: Sequence[Section]) -> None:
+        """Keep the newest charts."""
+        self.sections = tuple(sections)
+
+    def distributions(self, values: Mapping[str, FloatArray], *, step: int) -> None:
+        """Keep values over heads."""
+        self.histograms.append((step, dict(values)))
+
+    def table(self, name: str, table: Table, *, step: int) -> None:
+        """Keep a table."""
+        self.tables.append((step, name, table))
 
     def summary(self, values: Mapping[str, float]) -> None:
         """Keep the newest summary."""
@@ -136,12 +175,28 @@ class CompositeTracker:
         """Write an alert to all."""
         self._each("writing an alert", lambda tracker: tracker.alert(alert))
 
-    def note(self, text: str, *, step: int) -> None:
-        """Write what became of an alert to those that take notes: `note(text, step=...)` is optional."""
+    def _willing(self, what: str, method: str, *given: Any, **named: Any) -> None:
+        """Write to those that have an optional method."""
         for tracker in self.trackers:
-            write = getattr(tracker, "note", None)
+            write = getattr(tracker, method, None)
             if callable(write):
-                self._guard(f"writing a note to {type(tracker).__name__}", lambda write=write: write(text, step=step))  # type: ignore[misc]
+                self._guard(f"{what} to {type(tracker).__name__}", lambda write=write: write(*given, **named))  # type: ignore[misc]
+
+    def note(self, text: str, *, step: int) -> None:
+        """Write what became of an alert to those that take notes."""
+        self._willing("writing a note", "note", text, step=step)
+
+    def panels(self, sections: Sequence[Section]) -> None:
+        """Tell those that have a layout of their own which charts there are."""
+        self._willing("laying out charts", "panels", sections)
+
+    def distributions(self, values: Mapping[str, FloatArray], *, step: int) -> None:
+        """Write values over heads to those that draw histograms."""
+        self._willing("writing distributions", "distributions", values, step=step)
+
+    def table(self, name: str, table: Table, *, step: int) -> None:
+        """Write a table to those that show tables."""
+        self._willing("writing a table", "table", name, table, step=step)
 
     def summary(self, values: Mapping[str, float]) -> None:
         """Write the summary to all."""

@@ -1,17 +1,25 @@
-"""The TensorBoard tracker.
+"""The TensorBoard tracker: scalars, a custom-scalars layout, histograms, pictures, and texts in escaped Markdown.
 
-Layer 3: imports the base; `torch.utils.tensorboard` when one is made.
+Layer 3: imports the base and what panels are; `torch.utils.tensorboard` when one is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import html
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import MissingDependencyError, SettingError
-from ..records import Alert
-from .base import Picture
+from ..records import Alert, FloatArray, alert_label
+from ..stats import statistic
+from .base import Picture, Table
+from .panels import PREFIX, Panel, Section
+
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!])")
+_BINS = 64
+_ALERTS = f"{PREFIX}/alert"
 
 
 class TensorBoardTracker:
@@ -59,15 +67,39 @@ class TensorBoardTracker:
         self._writer.flush()
 
     def alert(self, alert: Alert) -> None:
-        """Write an alert as text, with its severity in front."""
-        self._writer.add_text(
-            "incoherence/alert", f"**{alert.severity}**, step {alert.step}: {alert.message}", alert.step
+        """Write an alert as text: what and where as a heading, the message, and the figures."""
+        title = f"{alert.severity}: {alert_label(alert)}, {statistic(alert.statistic).title}, step {alert.step}"
+        table = Table(
+            ("value", "expected", "deviation", "since step"),
+            ((alert.value, alert.baseline, f"{alert.deviation:+.1f} robust SD", alert.since_step),),
+            1,
         )
+        text = f"### {_escaped(title)}\n\n{_escaped(alert.message)}\n\n{_as_markdown(table)}"
+        self._writer.add_text(_ALERTS, text, alert.step)
         self._writer.flush()
 
     def note(self, text: str, *, step: int) -> None:
         """Write what became of an alert beside the alerts."""
-        self._writer.add_text("incoherence/alert", text, step)
+        self._writer.add_text(_ALERTS, _escaped(text), step)
+        self._writer.flush()
+
+    def panels(self, sections: Sequence[Section]) -> None:
+        """Write the layout of the Custom Scalars page; TensorBoard shows the newest of a log."""
+        self._writer.add_custom_scalars(
+            {section.title: {panel.title: _chart(panel) for panel in section.panels} for section in sections}
+        )
+        self._writer.flush()
+
+    def distributions(self, values: Mapping[str, FloatArray], *, step: int) -> None:
+        """Write each as a histogram over heads."""
+        for name, heads in values.items():
+            self._writer.add_histogram(name, heads, step, bins=_BINS)
+
+    def table(self, name: str, table: Table, *, step: int) -> None:
+        """Write a table as text."""
+        missing = table.total - len(table.rows)
+        more = f"\n\nand {missing} more" if missing else ""
+        self._writer.add_text(name, _as_markdown(table) + more if table.rows else "No head is drifting.", step)
         self._writer.flush()
 
     def summary(self, values: Mapping[str, float]) -> None:
@@ -79,3 +111,26 @@ class TensorBoardTracker:
             self._given.flush()
         if self._own:
             self._given.close()
+
+
+def _chart(panel: Panel) -> list[Any]:
+    if panel.shape == "band":
+        return ["Margin", list(panel.metrics)]
+    # Lines are regular expressions to TensorBoard.
+    exact = panel.shape == "lines"
+    return ["Multiline", [f"{re.escape(metric)}$" if exact else metric for metric in panel.metrics]]
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is: no markup, link or picture can hide in the name of a layer or run."""
+    plain = html.escape(" ".join(text.split()), quote=False)
+    return _MARKDOWN.sub(r"\\\1", plain).replace("|", "&#124;").replace("~", "&#126;")
+
+
+def _as_markdown(table: Table) -> str:
+    rows = [table.columns, ["---"] * len(table.columns), *([_cell(cell) for cell in row] for row in table.rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(cell: str | float) -> str:
+    return _escaped(cell if isinstance(cell, str) else f"{cell:.4g}" if isinstance(cell, float) else str(cell))

@@ -1,0 +1,95 @@
+"""Work of a sample beside the training thread: one worker, which takes it in the order it comes.
+
+What may wait is bounded, so that a slow worker costs time, which is counted, and not memory.
+
+Layer 3: imports torch alone.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+WAITING_AT_MOST = 8 << 20
+"""Bytes of copies that may wait to be worked on."""
+
+
+class Aside:
+    """A thread beside training, and how long training has waited for it."""
+
+    def __init__(self) -> None:
+        """Start no thread yet."""
+        self._worker: ThreadPoolExecutor | None = None
+        self._waiting: deque[tuple[Future[object], int]] = deque()
+        self.waited = 0.0
+
+    def submit(self, call: Callable[[], T], *, held: int = 0) -> Future[T]:
+        """Let the worker make a call.
+
+        Args:
+            call: run without gradients.
+            held: bytes that the call keeps alive until it has been made.
+
+        Returns:
+            Its result, or the exception it raised.
+        """
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="incoherence_monitor")
+        while self._waiting and (self._waiting[0][0].done() or self._held() + held > WAITING_AT_MOST):
+            self._wait(self._waiting.popleft()[0])
+        future = self._worker.submit(_without_gradient, call)
+        if held:
+            self._waiting.append((future, held))  # type: ignore[arg-type]  # Read for whether it is done alone.
+        return future
+
+    def result(self, future: Future[T]) -> T:
+        """Wait for a call, on the training thread, and count that time.
+
+        Raises:
+            BaseException: whatever the call raised.
+        """
+        self._wait(future)
+        self._waiting = deque(each for each in self._waiting if not each[0].done())
+        return future.result()
+
+    def _held(self) -> int:
+        return sum(held for _, held in self._waiting)
+
+    def _wait(self, future: Future[object] | Future[T]) -> None:
+        if not future.done():
+            start = time.perf_counter()
+            future.exception()
+            self.waited += time.perf_counter() - start
+
+    def take_waited(self) -> float:
+        """Seconds that training has waited since this was asked last."""
+        waited, self.waited = self.waited, 0.0
+        return waited
+
+    def close(self) -> None:
+        """Finish what has been begun and let the thread go."""
+        if self._worker is not None:
+            self._worker.shutdown()
+
+
+def _without_gradient(call: Callable[[], T]) -> T:
+    with torch.no_grad():
+        return call()
+
+
+def spare_core() -> bool:
+    """Whether this process runs its operations on one thread and may use more cores than one.
+
+    Then a worker's operations cost training nothing but what it hands over. Where operations use several threads, the
+    worker's would be as many again, and they would get into each other's way.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return torch.get_num_threads() == 1 and cores > 1

@@ -1,0 +1,85 @@
+"""From a device to the host and back, without the training stream or the host waiting.
+
+Layer 0: imports torch alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def to_host(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Begin to copy floating-point tensors to the host, in one copy a device.
+
+    On CUDA the copy goes into pinned memory on a stream of its own, once the present stream has come to where it is
+    now; neither that stream nor this thread waits. Other devices are waited for.
+
+    Args:
+        tensors: on any devices; not changed afterwards.
+
+    Returns:
+        Gives them on the host, float32, in their order; waits for the copies, on whichever thread.
+    """
+    by_device: dict[torch.device, list[int]] = {}
+    for at, tensor in enumerate(tensors):
+        by_device.setdefault(tensor.device, []).append(at)
+    copies = [(_begin([tensors[at] for at in places]), places) for places in by_device.values()]
+    shapes = [tensor.shape for tensor in tensors]
+
+    def arrived() -> list[Tensor]:
+        result: list[Tensor] = [torch.empty(0)] * len(shapes)
+        for copy, places in copies:
+            parts = torch.split(copy(), [shapes[at].numel() for at in places])
+            for at, part in zip(places, parts, strict=True):
+                result[at] = part.reshape(shapes[at])
+        return result
+
+    return arrived
+
+
+def _begin(tensors: Sequence[Tensor]) -> Callable[[], Tensor]:
+    """One flat copy of tensors that lie on one device."""
+    flat = torch.cat([tensor.detach().flatten().float() for tensor in tensors])
+    device = flat.device
+    if device.type != "cuda":
+        copied = flat.cpu()
+        return lambda: copied
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+        host.copy_(flat, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(side)
+    # The memory must not be handed out again before the side stream has read it.
+    flat.record_stream(side)
+
+    def arrived() -> Tensor:
+        done.synchronize()
+        return host
+
+    return arrived
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a few numbers to a device; from pageable memory the host would wait for all that the device has to do."""
+    if values.device == device:
+        return values
+    host = values.pin_memory() if device.type == "cuda" else values
+    return host.to(device, non_blocking=device.type != "mps")
+
+
+@functools.lru_cache(maxsize=64)
+def triangle(dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows and columns of a symmetric matrix's lower triangle, which says all of it, on a device."""
+    rows, columns = torch.tril_indices(dim, dim, device=device)
+    return rows, columns
