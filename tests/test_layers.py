@@ -53,7 +53,7 @@ OPTIONAL = {
     "torch.utils.tensorboard": {"trackers/tensorboard.py"},
     "matplotlib": {"figures.py"},
     "pandas": {"history.py"},
-    "triton": {"ops/kernels.py"},
+    "triton": {"ops/kernels/keys.py", "ops/kernels/matrices.py", "ops/kernels/tokens.py"},
     "scipy": set(),
 }
 
