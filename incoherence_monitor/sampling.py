@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .capture import AttentionInput
 from .config import MonitorConfig, check_count
+from .keeping import WindowKeeper
 from .ops import check_shapes, shift_residual, smooth_statistics
 from .records import LayerInfo, Layout
 from .shares import Shares
@@ -79,6 +80,7 @@ class WindowSampler:
         self.barren: dict[str, int] = {}
         self._fruitful: set[str] = set()
         self._step = 0
+        self.keeper = WindowKeeper()
         self._also = tuple(name for name in config.recorded if statistic(name).on_request)
 
     def open(self, step: int) -> None:
@@ -125,6 +127,7 @@ class WindowSampler:
             if chosen is None:
                 self.skipped[f"windows for which no sequence had {plan.window} tokens"] += sum(part)
                 return
+            self.keeper.offer(layer, given, chosen, whole=self.whole.get(given.layer))
             smooth, core = smooth_statistics(
                 chosen.take(given.query),
                 chosen.take(given.key),

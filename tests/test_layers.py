@@ -17,7 +17,7 @@ LAYERS = [
     {"ops"},
     {"stats", "config", "probe", "records", "messages", "vectors", "baseline", "detectors", "findings", "alerts"}
     | {"commands", "causes", "episodes", "loss"},
-    {"windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
+    {"windows", "shares", "capture", "sums", "keeping", "sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "history", "judge", "figures", "field", "inbox"},
     {"metrics", "dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
     {"integrations"},
@@ -36,7 +36,8 @@ SIDEWAYS = {
     "episodes": {"findings", "records", "stats"},
     "alerts": {"causes", "episodes", "findings", "loss", "messages", "records", "stats"},
     "shares": {"windows"},
-    "sampling": {"windows", "shares", "sums", "capture"},
+    "keeping": {"windows", "capture"},
+    "sampling": {"windows", "shares", "sums", "capture", "keeping"},
     "agreement": {"windows", "sums"},
     "distributed": {"windows", "agreement", "capture", "sampling", "sharding", "sums"},
     "judge": {"sums"},

@@ -1,0 +1,103 @@
+"""One window of a head's queries and keys, kept after an alert so that its energy field can be drawn.
+
+Asked for when an alert is raised; the next sample keeps its first window of that head, some hundred kB at most.
+
+Layer 3: imports records, windows, capture.base.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .capture import AttentionInput
+from .records import Alert, LayerInfo
+from .windows import Selection
+
+FIELDS_PER_HEAD = 2
+"""Fields drawn of one head in a run: of its first two alerts."""
+FIELDS_PER_RUN = 12
+"""Fields drawn in a run, however many heads raise alerts."""
+
+
+@dataclass(frozen=True)
+class KeptWindow:
+    """One window of one head.
+
+    Attributes:
+        layer: the layer.
+        head: the query head.
+        query: [L, d], on the device until it is taken.
+        key: [L, d], of the key head it is paired with.
+        valid: whether the window holds valid tokens alone, bool []; None if all windows do.
+        scale: the factor s of the attention product.
+    """
+
+    layer: LayerInfo
+    head: int
+    query: Tensor
+    key: Tensor
+    valid: Tensor | None
+    scale: float
+
+
+class WindowKeeper:
+    """Which heads' windows are asked for, and those kept in the sample at hand."""
+
+    def __init__(self) -> None:
+        """Start with nothing asked for."""
+        self._asked: dict[str, dict[int, str]] = {}
+        self._times: Counter[tuple[str, str, int]] = Counter()
+        self._kept: list[KeptWindow] = []
+
+    def ask(self, alerts: Iterable[Alert]) -> None:
+        """Ask for a window of each head that alerts name, as far as the run's number of pictures allows."""
+        for alert in alerts:
+            if alert.layer is None or alert.head is None or self._times.total() >= FIELDS_PER_RUN:
+                continue
+            head = (alert.layer, alert.kind, alert.head)
+            if self._times[head] < FIELDS_PER_HEAD:
+                self._times[head] += 1
+                self._asked.setdefault(alert.layer, {})[alert.head] = alert.kind
+
+    def offer(self, info: LayerInfo, given: AttentionInput, chosen: Selection, *, whole: LayerInfo | None) -> None:
+        """Keep what was asked for of one attention call.
+
+        Args:
+            info: the layer as it lies on this process.
+            given: the call.
+            chosen: its windows, at least one.
+            whole: the layer as ranks have agreed on it; where its heads are spread over processes nothing is kept.
+        """
+        asked = self._asked.pop(info.name, None)
+        if asked is None or (whole is not None and whole.query_heads != info.query_heads):
+            return
+        group = info.query_heads // info.key_heads
+        for number, kind in asked.items():
+            # A key head is drawn with the first of the query heads that share it.
+            head = number * group if kind == "key" else number
+            row, positions = chosen.rows[0], chosen.positions[0]
+            self._kept.append(
+                KeptWindow(
+                    info,
+                    head,
+                    given.query.detach()[row, head, positions],
+                    given.key.detach()[row, info.key_head_of(head), positions],
+                    None if chosen.keep is None else chosen.keep[0],
+                    given.scale,
+                )
+            )
+
+    def take(self) -> list[KeptWindow]:
+        """What the sample has kept, copied to the host; windows without valid tokens are left out."""
+        kept, self._kept = self._kept, []
+        with torch.no_grad():
+            return [
+                KeptWindow(each.layer, each.head, each.query.float().cpu(), each.key.float().cpu(), None, each.scale)
+                for each in kept
+                if each.valid is None or bool(each.valid)
+            ]
