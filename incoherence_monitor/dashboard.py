@@ -162,7 +162,7 @@ class Dashboard:
         """Draw the energy field of a head under alert, off the training thread.
 
         Args:
-            window: one window of it, on the host.
+            window: one window of it.
             step: training step of the sample that the window is from.
         """
         self._fields.append((step, self._on_worker(self._draw_field, window, step)))
@@ -172,9 +172,12 @@ class Dashboard:
         from .field import field_figure
 
         label = head_label(window.layer.index, "query", window.head)
+        found = window.on_host()
+        if found is None:
+            return {}
         try:
             figure = field_figure(
-                window.query, window.key, scale=window.scale, layer=f"{label} ({window.layer.name})", head=window.head,
+                *found, scale=window.scale, layer=f"{label} ({window.layer.name})", head=window.head,
                 step=step, run=self._run,
             )  # fmt: skip
         except MissingDependencyError:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .capture import AttentionInput
@@ -31,7 +30,7 @@ class KeptWindow:
     Attributes:
         layer: the layer.
         head: the query head.
-        query: [L, d], on the device until it is taken.
+        query: [L, d], on its device.
         key: [L, d], of the key head it is paired with.
         valid: whether the window holds valid tokens alone, bool []; None if all windows do.
         scale: the factor s of the attention product.
@@ -44,13 +43,19 @@ class KeptWindow:
     valid: Tensor | None
     scale: float
 
+    def on_host(self) -> tuple[Tensor, Tensor] | None:
+        """Queries and keys as float32 on the host, which waits for the device; None if some token is not valid."""
+        if self.valid is not None and not bool(self.valid):
+            return None
+        return self.query.float().cpu(), self.key.float().cpu()
+
 
 class WindowKeeper:
     """Which heads' windows are asked for, and those kept in the sample at hand."""
 
     def __init__(self) -> None:
         """Start with nothing asked for."""
-        self._asked: dict[str, dict[int, str]] = {}
+        self._asked: dict[str, set[tuple[str, int]]] = {}
         self._times: Counter[tuple[str, str, int]] = Counter()
         self._kept: list[KeptWindow] = []
 
@@ -62,7 +67,7 @@ class WindowKeeper:
             head = (alert.layer, alert.kind, alert.head)
             if self._times[head] < FIELDS_PER_HEAD:
                 self._times[head] += 1
-                self._asked.setdefault(alert.layer, {})[alert.head] = alert.kind
+                self._asked.setdefault(alert.layer, set()).add((alert.kind, alert.head))
 
     def offer(self, info: LayerInfo, given: AttentionInput, chosen: Selection, *, whole: LayerInfo | None) -> None:
         """Keep what was asked for of one attention call.
@@ -77,27 +82,22 @@ class WindowKeeper:
         if asked is None or (whole is not None and whole.query_heads != info.query_heads):
             return
         group = info.query_heads // info.key_heads
-        for number, kind in asked.items():
-            # A key head is drawn with the first of the query heads that share it.
-            head = number * group if kind == "key" else number
-            row, positions = chosen.rows[0], chosen.positions[0]
+        # A key head is drawn with the first of the query heads that share it.
+        for head in sorted({number * group if kind == "key" else number for kind, number in asked}):
+            # Indexed by tensors of one entry: by a single number, the host would wait for the device to tell it.
+            at = (chosen.rows[:1, None], chosen.positions[:1])
             self._kept.append(
                 KeptWindow(
                     info,
                     head,
-                    given.query.detach()[row, head, positions],
-                    given.key.detach()[row, info.key_head_of(head), positions],
+                    given.query.detach()[:, head][at][0],
+                    given.key.detach()[:, info.key_head_of(head)][at][0],
                     None if chosen.keep is None else chosen.keep[0],
                     given.scale,
                 )
             )
 
     def take(self) -> list[KeptWindow]:
-        """What the sample has kept, copied to the host; windows without valid tokens are left out."""
+        """What the sample has kept."""
         kept, self._kept = self._kept, []
-        with torch.no_grad():
-            return [
-                KeptWindow(each.layer, each.head, each.query.float().cpu(), each.key.float().cpu(), None, each.scale)
-                for each in kept
-                if each.valid is None or bool(each.valid)
-            ]
+        return kept
