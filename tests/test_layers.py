@@ -17,7 +17,7 @@ LAYERS = [
     {"ops"},
     {"stats", "config", "probe", "records", "messages", "vectors", "baseline", "detectors", "findings", "alerts"}
     | {"commands", "causes", "episodes", "loss"},
-    {"aside", "windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
+    {"aside", "windows", "shares", "capture", "sums", "keeping", "sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "attempts", "history", "notebook", "judge", "figures", "field", "inbox"},
     {"metrics", "dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
     {"integrations", "audit", "report"},
@@ -36,7 +36,8 @@ SIDEWAYS = {
     "episodes": {"findings", "records", "stats"},
     "alerts": {"causes", "episodes", "findings", "loss", "messages", "records", "stats"},
     "shares": {"windows"},
-    "sampling": {"aside", "windows", "shares", "sums", "capture"},
+    "keeping": {"windows", "capture"},
+    "sampling": {"aside", "windows", "shares", "sums", "capture", "keeping"},
     "agreement": {"windows", "sums"},
     "distributed": {"windows", "agreement", "capture", "sampling", "sharding", "sums"},
     "judge": {"sums"},
