@@ -147,9 +147,11 @@ class Dashboard:
         self._listed = drifting
         self._trackers.table(TABLE_NAME, drifting_table(judged, drifting), step=judged.step)
 
+    def _wants_pictures(self) -> bool:
+        return self._drawable and (self._directory is not None or bool(self._trackers.trackers))
+
     def _start_drawing(self, judged: JudgedSample, drifting: list[HeadPlace]) -> None:
-        wanted = self._drawable and (self._directory is not None or bool(self._trackers.trackers))
-        if not wanted or judged.step == self._drawn_at:
+        if not self._wants_pictures() or judged.step == self._drawn_at:
             return
         if self._drawing is not None:
             # What shows an alert is drawn next, however long the one before takes.
