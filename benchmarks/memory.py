@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks import results_file
+from benchmarks.blocks import PLAIN
 from benchmarks.overhead import PACKAGES
 from benchmarks.peers import PEERS
 from benchmarks.variants import Monitored, Variant, try_out
@@ -35,7 +36,6 @@ from tests.live_memory import held_bytes, peak_bytes, resident_peak
 
 STEPS = 3
 MB = 1e6
-PLAIN = "unmonitored"
 
 
 def makers() -> dict[str, Callable[[Workload], Variant]]:
