@@ -152,6 +152,9 @@ class Dashboard:
     @property
     def draws(self) -> bool:
         """Whether pictures are wanted and can be drawn."""
+        return self._wants_pictures()
+
+    def _wants_pictures(self) -> bool:
         return self._drawable and (self._directory is not None or bool(self._trackers.trackers))
 
     def _on_worker(self, draw: Callable[..., dict[str, Picture]], *given: Any) -> Future[dict[str, Picture]]:
