@@ -44,8 +44,8 @@ def commands(shape: str, out: Path, *, quick: bool) -> dict[str, list[str]]:
         found["kernels under compute-sanitizer"] = [sanitizer, "--error-exitcode", "1", *check, "--tiny"]
     rounds = "2" if quick else "20"
     found["overhead"] = [
-        *python, "benchmarks/overhead.py", "--shape", shape, "--rounds", rounds, *gpu,
-        *(["--warm-up", "2"] if quick else []),
+        *python, "benchmarks/overhead.py", "--shape", shape, "--rounds", rounds, "--seconds", "600", *gpu,
+        "--only", "monitor*", "*, every=10", *(["--warm-up", "2"] if quick else []),
     ]  # fmt: skip
     found["memory"] = [*python, "benchmarks/memory.py", "--shape", shape, *gpu]
     found["ops"] = [*python, "benchmarks/ops.py", *gpu, *(["--no-compile"] if quick else [])]
