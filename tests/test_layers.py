@@ -59,7 +59,7 @@ OPTIONAL = {
     "torch.utils.tensorboard": {"trackers/tensorboard.py"},
     "matplotlib": {"figures.py", "field.py", "audit/pictures.py", "audit/result.py", "audit/page.py"},
     "pandas": {"history.py"},
-    "triton": {"ops/kernels.py"},
+    "triton": {"ops/kernels/keys.py", "ops/kernels/matrices.py", "ops/kernels/tokens.py"},
     "tqdm": {"audit/progress.py"},
     "scipy": set(),
 }
