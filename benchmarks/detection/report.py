@@ -21,6 +21,7 @@ from .faults import FAULTS
 from .models import KINDS
 from .plan import make_plan
 from .recorded import done_runs, load, specification
+from .rounds import DECLARED, FIRST_SEED
 
 COMMANDS = (
     "python -m benchmarks.detection run --folder F --workers 2",
@@ -117,11 +118,15 @@ def _setting(results: dict[str, Any]) -> list[str]:
         for name, part in results["split"].items()
     ]
     lines += _table(["split", "healthy runs", "harmless events", "faults", "seeds"], rows)
-    kinds = {split: [fault.name for fault in FAULTS if fault.split == split] for split in ("tune", "held-out")}
+    kinds = {declared: [fault.name for fault in FAULTS if fault.declared == declared] for declared in DECLARED}
     lines += [
         "",
-        f"Kinds of fault seen in tuning, on tune seeds: {', '.join(kinds['tune'])}. Never looked at: "
-        f"{', '.join(kinds['held-out'])}. All figures below are of held-out seeds, on live batches.",
+        f"Seeds from {FIRST_SEED['second']} to {FIRST_SEED['calibration'] - 1} were held out when the detector was "
+        "first published, have been looked at and serve as tuning data since; those from "
+        f"{FIRST_SEED['calibration']} were added for tuning; those from {FIRST_SEED['third']} are held out now.",
+        "",
+        f"Kinds of fault seen in tuning, on tune seeds: {', '.join(kinds['first'] + kinds['second'])}. Never looked "
+        f"at: {', '.join(kinds['third'])}. All figures below are of held-out seeds, on live batches.",
         "",
         "Every fault is forked from a healthy run, its twin, which trains on with the same data. All adaptive signals "
         "go through the same detector, so that what is compared is what they measure. Thresholds are set on the "
@@ -202,9 +207,9 @@ def _severities() -> list[str]:
     rows = []
     for fault in FAULTS:
         values = ", ".join(f"{value:g}" + (" (subtle)" if value in fault.subtle else "") for value in fault.severities)
-        rows.append([fault.name, fault.doc, fault.side, ", ".join(fault.scopes), values, fault.split,
+        rows.append([fault.name, fault.doc, fault.side, ", ".join(fault.scopes), values, fault.declared,
                      fault.blind or "no"])  # fmt: skip
-    return [*lines, *_table(["fault", "what is done, a step", "side", "scopes", "severities", "kind", "blind"], rows)]
+    return [*lines, *_table(["fault", "what is done, a step", "side", "scopes", "severities", "round", "blind"], rows)]
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
