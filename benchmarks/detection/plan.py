@@ -205,13 +205,16 @@ def make_plan() -> list[RunSpec]:
         placed.extend((first + (last - first) * (at + 0.5) / len(runs), run) for at, run in enumerate(runs))
 
     for number, mine in healthy.items():
-        spread(mine, 0.0, 0.45)
+        # The third round's forks follow their parents closely, so that every prefix of it holds as large a part of both.
+        third = number == "third"
+        spread(mine, 0.0, 1.0 if third else 0.45)
         groups = _forks(mine, number)
         seen: set[str] = set()
         for name, runs in groups.items():
             # The same fault on the same head of the same run, drawn twice, would be counted twice.
             fresh = [run for run in runs if not (run.name in seen or seen.add(run.name))]  # type: ignore[func-returns-value]
-            spread(fresh, 0.15 if name == "one" else 0.3, 0.85 if name == "one" else 1.0)
+            first = 0.15 if name == "one" else 0.3
+            spread(fresh, 0.0 if third else first, 0.85 if name == "one" and not third else 1.0)
     return bases + [run for _, run in sorted(placed, key=lambda pair: (pair[0], pair[1].name))]
 
 
