@@ -205,7 +205,7 @@ def make_plan() -> list[RunSpec]:
         placed.extend((first + (last - first) * (at + 0.5) / len(runs), run) for at, run in enumerate(runs))
 
     for number, mine in healthy.items():
-        # The third round's forks follow their parents closely, so that every prefix of it holds as large a part of both.
+        # The third round's forks follow their parents closely: every prefix holds as large a part of both.
         third = number == "third"
         spread(mine, 0.0, 1.0 if third else 0.45)
         groups = _forks(mine, number)
