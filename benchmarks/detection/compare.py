@@ -76,16 +76,21 @@ class Replay:
         judged = self._judge.judge(sums, step=at)
         verdict = judged.verdict
         heads = _where_it_lasts(verdict.evidence, verdict.deviation)
+        layers = _where_it_lasts(verdict.layer_evidence, verdict.layer_deviation)
         model = _where_it_lasts(verdict.model_evidence, verdict.model_deviation)
-        best, best_model = (float(np.nanmax(part)) if np.isfinite(part).any() else -math.inf for part in (heads, model))
+        best, best_layer, best_model = (
+            float(np.nanmax(part)) if np.isfinite(part).any() else -math.inf for part in (heads, layers, model)
+        )
         place: Place | None = None
-        if best >= best_model and best > -math.inf:
+        if best >= max(best_layer, best_model) and best > -math.inf:
             stream = int(np.nanargmax(heads))
             layer, head = self._layout.stream_layer[stream], self._layout.stream_head[stream]
             place = (self._kinds[stream], int(layer), int(head))
+        elif best_layer >= best_model and best_layer > -math.inf:
+            place = ("layer", int(np.nanargmax(layers)) % layers.shape[1], -1)
         elif best_model > -math.inf:
             place = ("model", -1, -1)
-        self.score.append(max(best, best_model) if place is not None else math.nan)
+        self.score.append(max(best, best_layer, best_model) if place is not None else math.nan)
         self.places.append(place)
         self.alerts.append(tuple(judged.alerts))
 
