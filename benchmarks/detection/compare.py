@@ -259,7 +259,7 @@ class Scored:
         spec: the run.
         truth: what is broken in it.
         losses: [n] mean loss of every sample.
-        series: by signal; of healthy runs also "alerts@N", the alerts at every `false_alarm_every` of `NOMINAL`.
+        series: by signal; of held-out healthy runs also "alerts@N", alerts at each `false_alarm_every` of `NOMINAL`.
     """
 
     spec: RunSpec
@@ -279,7 +279,7 @@ def score_run(folder: Path, name: str, past: Past) -> Scored:
     run = load(folder, name)
     series = ours(run, past)
     series |= {key: one.score(run, past) for key, one in signals(run.layout).items() if one.score is not None}
-    if run.spec.role == "healthy":
+    if run.spec.role == "healthy" and run.spec.split == "held-out":
         series |= {f"alerts@{every:g}": ours(run, {}, every=every)["alerts"] for every in NOMINAL}
     return Scored(run.spec, run.truth, run.by_sample(run.losses), series)
 

@@ -196,7 +196,6 @@ def evaluate(scored: Sequence[Scored], signals: dict[str, Signal]) -> dict[str, 
     return {
         "split": {
             name: {
-                "healthy": len(bench.healthy), "events": len(bench.events), "faults": len(bench.faults),
                 "seeds": sorted({one.spec.seed for one in bench.healthy}),
                 "models": sorted({one.spec.model for one in bench.healthy}),
             }
