@@ -31,6 +31,15 @@ class Aside:
         self._waiting: deque[tuple[Future[object], int]] = deque()
         self.waited = 0.0
 
+    def make_room(self, size: int) -> None:
+        """Wait until so many bytes more may wait; on the training thread, which is counted.
+
+        Args:
+            size: bytes, at most `WAITING_AT_MOST`; more is let in once nothing else waits.
+        """
+        while self._waiting and (self._waiting[0][0].done() or self._held() + size > WAITING_AT_MOST):
+            self._wait(self._waiting.popleft()[0])
+
     def submit(self, call: Callable[[], T], *, held: int = 0) -> Future[T]:
         """Let the worker make a call.
 
@@ -43,8 +52,7 @@ class Aside:
         """
         if self._worker is None:
             self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="incoherence_monitor")
-        while self._waiting and (self._waiting[0][0].done() or self._held() + held > WAITING_AT_MOST):
-            self._wait(self._waiting.popleft()[0])
+        self.make_room(held)
         future = self._worker.submit(_without_gradient, call)
         if held:
             self._waiting.append((future, held))  # type: ignore[arg-type]  # Read for whether it is done alone.
@@ -91,5 +99,9 @@ def spare_core() -> bool:
     Then a worker's operations cost training nothing but what it hands over. Where operations use several threads, the
     worker's would be as many again, and they would get into each other's way.
     """
+    if torch.get_num_threads() > 1:
+        return False
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return torch.get_num_threads() == 1 and cores > 1
+    # Launchers that start a process a core say how many there are, and give each one thread.
+    told = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return cores > (int(told) if told.isdigit() else 1)

@@ -277,7 +277,9 @@ class Dashboard:
         """Draw the last picture, write the summary, close history and trackers."""
         self._deliver(wait=True)
         if latest is not None and book is not None:
-            self._start_drawing(latest, book.open_heads())
+            drifting = book.open_heads()
+            # At the interpreter's exit no thread takes work any more.
+            self._reporter.guard("drawing the last picture", lambda: self._start_drawing(latest, drifting))
             self._deliver(wait=True)
             worst = max((abs(alert.deviation) for alert in alerts if np.isfinite(alert.deviation)), default=0.0)
             first = float(alerts[0].step) if alerts else float("nan")

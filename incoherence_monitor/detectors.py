@@ -59,6 +59,10 @@ def normal_threshold(tests_per_false_alarm: float) -> float:
     return NormalDist().inv_cdf(1 - 0.5 / max(tests_per_false_alarm, 2.0))
 
 
+EARLY_STEPS = 100
+"""Before this training step no layer, nor the model, is judged as one: learning begins with all heads moving."""
+
+
 def _quantiles(sizes: list[int]) -> FloatArray:
     """Normal quantile of the largest of so many, for each size."""
     return np.array([normal_threshold(max(2, size)) for size in sizes])
@@ -159,12 +163,16 @@ class DriftDetector:
         self.levels.update(self._largest(evidence))
 
         layer_deviation = self.layerwise.deviations(deviation)
+        if step < EARLY_STEPS:
+            layer_deviation[:] = np.nan
         layer_evidence, layer_threshold = self.layerwise.judge(layer_deviation, step, tail=self._layer_tail)
         layer_size = np.nan_to_num(np.abs(layer_evidence))
         layer_beyond = layer_size > layer_threshold
 
         model_deviation = self._of_the_model(own)
         model_deviation[~self.model_trust.update(model_deviation, self._mostly(enough))] = np.nan
+        if step < EARLY_STEPS:
+            model_deviation[:] = np.nan
         model_evidence = self.model_evidence.update(model_deviation, step, threshold=self.model_threshold)
         model_size = np.nan_to_num(np.abs(model_evidence))
         model_beyond = model_size > self.model_threshold

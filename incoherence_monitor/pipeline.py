@@ -8,6 +8,7 @@ Layer 4: imports agreement, commands, judge, dashboard, distributed, inbox, samp
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -95,6 +96,7 @@ class Pipeline:
         self.alerts: list[Alert] = []
         self.latest: JudgedSample | None = None
         self._sampler, self._dashboard, self._reporter = sampler, dashboard, reporter
+        sampler.on_error = lambda layer, error: reporter.failed("computing a sample", error, layer=layer)
         self._rank, self._world_size, self._on_alert = rank, world_size, on_alert
         self._pending: tuple[int, Future[SampleSums], Callable[[], list[float]]] | None = None
         self._shared = distributed.SharedLayout(sampler, reporter)
@@ -178,8 +180,9 @@ class Pipeline:
     def submit(self, step: int) -> None:
         """Seal the sampler's open sample and start its host phase."""
         # Losses as they are now, not as they will be when the sample is judged: those a device may still be computing.
-        losses = self.losses.hand_over()
+        losses: Callable[[], list[float]] = list
         try:
+            losses = self.losses.hand_over()
             finish = self._sampler.seal()
             future = self._sampler.aside.submit(lambda: self._host_phase(finish))
         except Exception as error:  # Pending all the same: a rank that failed still enters the collective.
@@ -263,7 +266,8 @@ class Pipeline:
 
     def _publish(self, judged: JudgedSample) -> None:
         cost = self.clock.take() | {"wait_ms": 1000 * self._sampler.aside.take_waited()}
-        self._dashboard.publish(judged, self.judge.book, alerts=len(self.alerts), cost=cost)
+        show = functools.partial(self._dashboard.publish, judged, self.judge.book, alerts=len(self.alerts), cost=cost)
+        self._reporter.guard("showing a sample", show)
         if self._dashboard.draws:
             self._sampler.keeper.ask(judged.alerts)
         if self._on_alert is not None:

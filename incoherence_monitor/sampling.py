@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .aside import Aside, spare_core
+from .aside import WAITING_AT_MOST, Aside, spare_core
 from .capture import AttentionInput
 from .config import MonitorConfig, check_count
 from .keeping import WindowKeeper
-from .ops import check_shapes, cut_windows, piece_statistics, shift_residual, smooth_statistics
+from .ops import Piece, check_shapes, cut_windows, piece_statistics, shift_residual, smooth_statistics
 from .records import LayerInfo, Layout
 from .shares import Shares
 from .stats import statistic
@@ -86,6 +86,7 @@ class WindowSampler:
         self._fruitful: set[str] = set()
         self._step = 0
         self.aside = Aside()
+        self.on_error: Callable[[str, BaseException], None] = lambda layer, error: None
         self.keeper = WindowKeeper()
         self._also = tuple(name for name in config.recorded if statistic(name).on_request)
 
@@ -104,6 +105,10 @@ class WindowSampler:
         Raises:
             SettingError: if the shapes do not fit together.
         """
+        if given.query.is_cuda and torch.cuda.is_current_stream_capturing():
+            # Nothing is computed while a graph is captured, and what is done here would become part of it.
+            self.skipped["calls while a CUDA graph was captured"] += 1
+            return
         with torch.no_grad():
             check_shapes(given.query, given.key, given.valid, given.starts, value=given.value)
             layer = self._layer(given, info)
@@ -134,22 +139,33 @@ class WindowSampler:
                 self.skipped[f"windows for which no sequence had {plan.window} tokens"] += sum(part)
                 return
             self.keeper.offer(layer, given, chosen, whole=self.whole.get(given.layer))
-            held.parts.append(self._measure(given, chosen))
+            held.parts += self._measure(given, chosen)
 
-    def _measure(self, given: AttentionInput, chosen: Selection) -> Future[Part] | dict[str, Tensor]:
+    def _measure(self, given: AttentionInput, chosen: Selection) -> list[Future[Part] | dict[str, Tensor]]:
         settings: dict[str, Any] = {"scale": given.scale, "also": self._also, "causal": given.causal}
         heads = (given.query, given.key, given.value)
         if given.query.device.type != "cpu":
             query, key, value = heads
             found = smooth_statistics(query, key, value=value, windows=chosen.windows, **settings)
-            return to_be_copied(chosen.keep, *found)
+            return [to_be_copied(chosen.keep, *found)]
         pieces = cut_windows(*heads, windows=chosen.windows)
-        if spare_core():
-            copies = [piece.copy() for piece in pieces]
-            held = sum(piece.bytes for piece in copies)
-            return self.aside.submit(lambda: part_of(chosen.keep, *piece_statistics(copies, **settings)), held=held)
-        smooth, core = piece_statistics(pieces, **settings)
-        return self.aside.submit(lambda: part_of(chosen.keep, smooth, core))
+        if not spare_core() or pieces[0].bytes > WAITING_AT_MOST:
+            smooth, core = piece_statistics(pieces, **settings)
+            return [self.aside.submit(lambda: part_of(chosen.keep, smooth, core), held=core.nbytes)]
+        # Half of what may wait at a time, so that one half is worked on while the other is copied.
+        at_once = max(1, WAITING_AT_MOST // (2 * pieces[0].bytes))
+        keep = None if chosen.keep is None else torch.split(chosen.keep, at_once)
+        return [
+            self._beside(pieces[start : start + at_once], None if keep is None else keep[at], settings)
+            for at, start in enumerate(range(0, len(pieces), at_once))
+        ]
+
+    def _beside(self, pieces: list[Piece], keep: Tensor | None, settings: dict[str, Any]) -> Future[Part]:
+        """Let the worker take the statistics, from copies."""
+        size = sum(piece.bytes for piece in pieces)
+        self.aside.make_room(size)
+        copies = [piece.copy() for piece in pieces]
+        return self.aside.submit(lambda: part_of(keep, *piece_statistics(copies, **settings)), held=size)
 
     def _layer(self, given: AttentionInput, describe: Callable[[AttentionInput], LayerInfo]) -> LayerInfo:
         _, query_heads, _, dim = given.query.shape
@@ -191,25 +207,26 @@ class WindowSampler:
                 self.skipped["windows asked for that the step's batches cannot hold"] += missing
         self.skipped = +self.skipped
         layout = self._layout_of_all()
-        on_device = [[part for part in layer.parts if isinstance(part, dict)] for layer in held]
-        arrived = to_host(
-            [
-                tensor
-                for layer, parts in zip(held, on_device, strict=True)
-                for tensor in (*(tensor for part in parts for tensor in part.values()), *layer.residuals)
-            ]
-        )
+        taken = [(layer.info, list(layer.parts), list(layer.residuals)) for layer in held]
+        on_device = [
+            [*(tensor for part in parts if isinstance(part, dict) for tensor in part.values()), *residuals]
+            for _, parts, residuals in taken
+        ]
+        arrived = to_host([tensor for tensors in on_device for tensor in tensors])
 
         def finish() -> SampleSums:
             tensors = iter(arrived())
-            taken = []
-            for layer in held:
-                parts = [
-                    part.result() if isinstance(part, Future) else _unpacked({name: next(tensors) for name in part})
-                    for part in layer.parts
-                ]
-                taken.append((layer.info, parts, [next(tensors) for _ in layer.residuals]))
-            return summarise(layout, taken)
+            on_host = []
+            for info, parts, residuals in taken:
+                found = []
+                for part in parts:
+                    here = {name: next(tensors) for name in part} if isinstance(part, dict) else {}
+                    try:
+                        found.append(part.result() if isinstance(part, Future) else _unpacked(here))
+                    except Exception as error:  # Of this layer alone: the others are judged.
+                        self.on_error(info.name, error)
+                on_host.append((info, found, [next(tensors) for _ in residuals]))
+            return summarise(layout, on_host)
 
         return finish
 

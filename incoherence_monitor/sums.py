@@ -81,8 +81,9 @@ class RecordedLosses:
             Gives the mean; nothing if there is none, infinite if it is not finite.
         """
         held, self._held = self._held, []
-        arrived = to_host([loss.reshape(1) for loss in held if isinstance(loss, Tensor)])
-        numbers = [loss for loss in held if not isinstance(loss, Tensor)]
+        on_device = [isinstance(loss, Tensor) and loss.device.type != "cpu" for loss in held]
+        arrived = to_host([loss.reshape(1) for loss, far in zip(held, on_device, strict=True) if far])  # type: ignore[union-attr]
+        numbers = [float(loss) for loss, far in zip(held, on_device, strict=True) if not far]
 
         def mean() -> list[float]:
             losses = [*numbers, *(float(loss) for loss in arrived())]

@@ -36,7 +36,7 @@ def to_host(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     shapes = [tensor.shape for tensor in tensors]
 
     def arrived() -> list[Tensor]:
-        result: list[Tensor] = [torch.empty(0)] * len(shapes)
+        result: list[Tensor] = [torch.empty(0, device="cpu")] * len(shapes)
         for copy, places in copies:
             parts = torch.split(copy(), [shapes[at].numel() for at in places])
             for at, part in zip(places, parts, strict=True):
@@ -56,9 +56,10 @@ def _begin(tensors: Sequence[Tensor]) -> Callable[[], Tensor]:
     side = _side_stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
-        host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+        # The device named: a default device of the user's would take it.
+        host = torch.empty(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=True)
         host.copy_(flat, non_blocking=True)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record(side)
     # The memory must not be handed out again before the side stream has read it.
     flat.record_stream(side)
@@ -78,8 +79,16 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return host.to(device, non_blocking=device.type != "mps")
 
 
-@functools.lru_cache(maxsize=64)
+_TRIANGLES: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+
 def triangle(dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows and columns of a symmetric matrix's lower triangle, which says all of it, on a device."""
-    rows, columns = torch.tril_indices(dim, dim, device=device)
-    return rows, columns
+    found = _TRIANGLES.get((dim, device))
+    if found is None:
+        rows, columns = torch.tril_indices(dim, dim, device=device)
+        found = rows, columns
+        if type(rows) is Tensor:
+            # Not one that a tracing mode has made up.
+            _TRIANGLES[dim, device] = found
+    return found

@@ -217,7 +217,7 @@ def lengths_of(valid: Tensor | None, document_starts: Tensor | None, length: int
     if document_starts is not None:
         begins, remaining = document_runs(document_starts, valid)
         return remaining[begins].cpu()
-    return torch.tensor([length]) if valid is None else valid.sum(dim=1).cpu()
+    return torch.tensor([length], device="cpu") if valid is None else valid.sum(dim=1).cpu()
 
 
 def document_runs(document_starts: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -35,3 +35,11 @@ def no_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Dashboard, "_wants_pictures", lambda self: False)
         yield
+
+
+@pytest.fixture
+def past_the_first_steps(monkeypatch):
+    """Layers and the model are judged as one from step 0, not only where learning has got under way."""
+    from incoherence_monitor import detectors
+
+    monkeypatch.setattr(detectors, "EARLY_STEPS", 0)

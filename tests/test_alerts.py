@@ -15,6 +15,7 @@ from incoherence_monitor.judge import Judge
 from incoherence_monitor.records import LayerInfo, Layout
 from incoherence_monitor.sums import SampleSums
 
+pytestmark = pytest.mark.usefixtures("past_the_first_steps")
 LAYOUT = Layout(tuple(LayerInfo(f"layer{at}", at, 4, 2, 16, window=64) for at in range(3)))
 
 
@@ -306,7 +307,7 @@ def test_what_was_accepted_holds_for_the_precision_it_was_accepted_in():
     exact = tuple(replace(layer, precision="float32") for layer in BFLOAT16)
     everywhere = {(layer.name, head): 1e-6 for layer in exact for head in range(2)}
     (alert,) = shifted(judge, 1, everywhere | {("layer1", 0): 0.05}, layers=exact).alerts
-    assert (alert.layer, alert.baseline) == ("layer1", 1e-5)
+    assert (alert.layer, alert.baseline) == ("layer1", 3e-4)
 
 
 def test_accepting_makes_no_bound_where_attention_is_not_invariant():

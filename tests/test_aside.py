@@ -63,6 +63,96 @@ def test_one_that_holds_more_than_may_wait_is_let_in_alone(monkeypatch):
     worker.close()
 
 
+def test_room_is_made_before_copies_are(monkeypatch, one_thread):
+    """Windows go to the worker as many at a time as half of what may wait; a window larger than that stays here."""
+    monkeypatch.setattr(sampling, "spare_core", lambda: True)
+    window = 3 * 2 * 32 * 8 * 4
+    for limit, calls, beside in ((4 * window, 4, True), (window // 2, 1, False)):
+        monkeypatch.setattr(aside, "WAITING_AT_MOST", limit)
+        monkeypatch.setattr(sampling, "WAITING_AT_MOST", limit)
+        with IncoherenceMonitor(every=1, config=MonitorConfig(window=32)) as monitor:
+            most, held = [], []
+            submit = monitor._sampler.aside.submit
+
+            def counted(call, *, held=0, submit=submit, monitor=monitor, most=most, sizes=held):
+                future = submit(call, held=held)
+                most.append(monitor._sampler.aside._held())
+                sizes.append(held)
+                return future
+
+            monkeypatch.setattr(monitor._sampler.aside, "submit", counted)
+            key = torch.randn(8, 2, 40, 8)
+            with monitor.step(0):
+                monitor.observe("layer", key, key, value=key)
+            monitor.flush()
+            assert not monitor.coverage().failures
+            assert np.isfinite(list(monitor.latest["energy_rank"].values())).all()
+        # The last is the sample's host phase, which holds nothing.
+        assert len(held) == calls + 1
+        assert (held[0] == 2 * window) is beside
+        assert not beside or max(most) <= limit
+
+
+def test_a_layer_that_fails_beside_training_is_named_and_the_others_are_judged(monkeypatch):
+    monkeypatch.setattr(sampling, "spare_core", lambda: True)
+    whole = sampling.piece_statistics
+
+    def failing(pieces, **settings):
+        if pieces[0].key.shape[1] == 3:
+            raise RuntimeError("three heads")
+        return whole(pieces, **settings)
+
+    monkeypatch.setattr(sampling, "piece_statistics", failing)
+    with IncoherenceMonitor(every=1, config=MonitorConfig(window=32)) as monitor:
+        with monitor.step(0):
+            for heads in (2, 3):
+                monitor.observe(f"layer{heads}", torch.randn(8, heads, 40, 8), torch.randn(8, heads, 40, 8))
+        latest = monitor.latest
+        assert np.isfinite(latest["key_norm"]["layer2", 1])
+        assert np.isnan(latest["key_norm"]["layer3", 1])
+        (failure,) = monitor.coverage().failures
+        assert "computing a sample" in failure
+
+
+def test_losses_that_cannot_be_read_cost_no_sample(monkeypatch):
+    with IncoherenceMonitor(every=1, config=MonitorConfig(window=32)) as monitor:
+        for step in range(3):
+            with monitor.step(step):
+                monitor.observe("layer", torch.randn(8, 2, 40, 8), torch.randn(8, 2, 40, 8))
+                monitor.record_loss(torch.ones((), device="meta") if step == 1 else 1.0)
+        monitor.flush()
+        assert monitor.samples == 3
+        assert monitor.coverage().failures
+
+
+def test_a_default_device_of_the_users_leads_nothing_astray():
+    with torch.device("meta"):
+        query = torch.randn(8, 2, 40, 8, device="cpu")
+        with IncoherenceMonitor(every=1) as monitor:
+            with monitor.step(0):
+                monitor.observe("layer", query, query)
+            assert np.isfinite(monitor.latest["key_norm"]["layer", 0])
+            assert not monitor.coverage().failures
+
+
+def test_closing_survives_pictures_that_cannot_be_begun(tmp_path, monkeypatch):
+    with IncoherenceMonitor(every=1, config=MonitorConfig(window=32), output_dir=tmp_path) as monitor:
+        seen = []
+        monitor._pipeline._on_alert = seen.append
+
+        def refuse(*given):
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+        monkeypatch.setattr(monitor._dashboard, "_on_worker", refuse)
+        for step in range(2):
+            with monitor.step(step):
+                bad = torch.full((8, 2, 40, 8), float("nan"))
+                monitor.observe("layer", bad, bad)
+    assert seen
+    assert seen == monitor.alerts
+    assert monitor.coverage().failures
+
+
 def test_nothing_that_is_done_is_kept(monkeypatch):
     worker = Aside()
     held = [worker.submit(lambda: 1, held=10) for _ in range(5)]

@@ -79,9 +79,14 @@ def judged(layout, evidence):
     nothing = np.zeros(layout.size)
     none = np.zeros(layout.size, dtype=bool)
     part = np.zeros(len(layout.statistics))
+    layers = np.zeros((len(layout.statistics), len(layout.layers)))
     verdict = Verdict(
-        nothing, nothing, nothing, evidence, none, none, np.full(layout.size, -1), none, 1.0,
-        part, part, part > 0, part > 0, part.astype(int),
+        expected=nothing, deviation=nothing, width=nothing, evidence=evidence, alarm=none, restless=none,
+        since=np.full(layout.size, -1), armed=none, armed_share=1.0,
+        layer_deviation=layers, layer_evidence=layers, layer_alarm=layers > 0, layer_restless=layers > 0,
+        layer_since=layers.astype(int),
+        model_deviation=part, model_evidence=part, model_alarm=part > 0, model_restless=part > 0,
+        model_since=part.astype(int),
     )  # fmt: skip
     values = np.random.default_rng(0).lognormal(size=layout.size).astype(np.float32)
     return JudgedSample(RecordedSample(500, layout, values), verdict)

@@ -19,6 +19,7 @@ from incoherence_monitor.records import LayerInfo, Layout
 
 from .test_alerts import LAYOUT, noise, stream
 
+pytestmark = pytest.mark.usefixtures("past_the_first_steps")
 CONFIG = MonitorConfig()
 
 

@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from incoherence_monitor import MonitorConfig
+from incoherence_monitor import MonitorConfig, detectors
 from incoherence_monitor.commands import Mute
 from incoherence_monitor.detectors import DriftDetector
 from incoherence_monitor.judge import Judge
 from incoherence_monitor.layerwise import HEAD_CLIP, HEADS_LEAST
 from incoherence_monitor.records import LayerInfo, Layout
 
+pytestmark = pytest.mark.usefixtures("past_the_first_steps")
 LAYOUT = Layout(tuple(LayerInfo(f"layer{at}", at, 16, 8, 16, window=64) for at in range(6)))
 DRIFT = 0.09
 """Three times the noise of a stream."""
@@ -164,3 +165,15 @@ def test_a_mute_silences_its_layer(mute, heard):
     values = noise(80)
     values[60:, heads_of("key_norm", 2)] += DRIFT
     assert len(told(values, commands={50: (mute,)})[1]) == heard
+
+
+def test_learning_begins_with_all_heads_moving_together(monkeypatch):
+    """Noise, then a layer and then the model drift: told from step 100 on, not before, and not for what was before."""
+    monkeypatch.setattr(detectors, "EARLY_STEPS", 100)
+    values = noise(90)
+    values[40:60, heads_of("energy_scale", 2)] += DRIFT
+    values[45:, LAYOUT.slices["key_norm"]] += 10 * DRIFT
+    assert not told(values)[1]
+    values = noise(160)
+    values[120:, LAYOUT.slices["key_norm"]] += 10 * DRIFT
+    assert {(alert.kind, alert.statistic) for alert in told(values)[1]} == {("model", "key_norm")}

@@ -298,7 +298,7 @@ def test_a_backward_after_the_step_is_missing_and_leaves_nothing_behind():
 
 @pytest.mark.parametrize(
     ("kind", "more"),
-    [("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}), ("gemma2", {"attn_logit_softcapping": 0.2})],
+    [("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}), ("gemma2", {"attn_logit_softcapping": 0.05})],
 )
 def test_attention_that_is_not_invariant_by_design_has_no_absolute_bound_and_that_is_told(kind, more):
     latest, alerts, coverage, layers = measure(other_model(kind, attn_implementation="eager", **more))
@@ -329,7 +329,7 @@ def test_an_error_of_one_percent_of_delta_is_found_at_the_first_sample(monkeypat
     for alert in alerts:
         assert (alert.severity, alert.statistic) == ("critical", "shift_residual")
         assert alert.value == pytest.approx(latest[alert.layer, alert.head], rel=1e-6)
-        assert alert.value > 100 * alert.baseline
+        assert alert.value > 5 * alert.baseline
         assert "attn_implementation" in alert.message
         assert "2510.04212" in alert.message
 

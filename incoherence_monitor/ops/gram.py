@@ -31,7 +31,7 @@ from .spectra import cholesky_factor, inverse_of_factor, spectral_statistics, un
 _ELEMENTS_IN_CACHE = 1 << 16
 """Of keys that a CPU works on at a time: with a copy of them they fill half a usual second-level cache."""
 _ELEMENTS_HELD = 1 << 19
-"""Of centred keys that a CPU holds at a time."""
+"""Of centred keys, or of d x d matrices, that a CPU holds at a time."""
 
 
 def smooth_statistics(
@@ -104,7 +104,7 @@ def piece_statistics(
             if key_heads % each == 0 and (each * length * dim <= _ELEMENTS_IN_CACHE or each == 1)
         )
         pieces = [part for window in windows for part in window.split(heads)]
-        at_once = max(1, _ELEMENTS_HELD // pieces[0].key.numel())
+        at_once = max(1, _ELEMENTS_HELD // max(pieces[0].key.numel(), 2 * pieces[0].query.shape[1] * dim**2))
     groups = [pieces[start : start + at_once] for start in range(0, len(pieces), at_once)]
     parts = [_of_group(group, scale=scale, also=also, causal=causal) for group in groups]
     # Heads of a window follow each other, as do windows.
