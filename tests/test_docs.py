@@ -62,7 +62,9 @@ def test_site_builds_without_a_warning(tmp_path):
         assert (tmp_path / path.with_suffix(".html").name).is_file()
     assert (tmp_path / "results" / "detection.html").is_file()
     pages = "".join(path.read_text() for path in tmp_path.rglob("*.html"))
-    loaded = re.findall(r'(?:<script[^>]*src|<link[^>]*rel="(?:stylesheet|icon|preconnect)"[^>]*href)="(https?:[^"]*)', pages)
+    loaded = re.findall(
+        r'(?:<script[^>]*src|<link[^>]*rel="(?:stylesheet|icon|preconnect)"[^>]*href)="(https?:[^"]*)', pages
+    )
     assert not loaded, "the site must show without a network"
     api = (tmp_path / "api.html").read_text()
     import incoherence_monitor

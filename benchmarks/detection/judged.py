@@ -1,0 +1,66 @@
+"""A recorded run as users would have had it: judged with the default settings, and which alerts are right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from incoherence_monitor import Alert, MonitorConfig
+from incoherence_monitor.judge import Judge
+from incoherence_monitor.records import Verdict
+
+from .recorded import Recorded, done_runs, load
+
+
+@dataclass
+class Judged:
+    """A run and what judging it gave.
+
+    Attributes:
+        run: the run.
+        twin: losses of the healthy run it was forked from; None for a healthy run.
+        verdicts: one a sample.
+        told: (position of the sample, alert), those after the onset alone.
+    """
+
+    run: Recorded
+    twin: NDArray[np.float64] | None
+    verdicts: list[Verdict]
+    told: list[tuple[int, Alert]]
+
+
+def judge(folder: Path, name: str) -> Judged:
+    """Read a run and judge it as users would have had it, with the default settings."""
+    run = load(folder, name)
+    twin = load(folder, run.spec.parent).losses if run.spec.role == "fault" else None
+    losses = run.by_sample(run.losses)
+    judge = Judge(MonitorConfig(), run="out/incoherence")
+    verdicts, told = [], []
+    for at, (step, values) in enumerate(zip(run.steps, run.values, strict=True)):
+        with np.errstate(over="ignore"):
+            found = judge.judge_values(run.layout, values.astype(np.float32), step=int(step), loss=float(losses[at]))
+        verdicts.append(found.verdict)
+        told += [(at, alert) for alert in found.alerts if at >= run.onset]
+    return Judged(run, twin, verdicts, told)
+
+
+def first_false_warning(folder: Path) -> Judged | None:
+    """The first healthy run, by name, held-out ones first, in which something was told."""
+    healthy = [spec for spec in done_runs(folder) if spec.role == "healthy"]
+    for spec in sorted(healthy, key=lambda spec: (spec.split != "held-out", spec.name)):
+        judged = judge(folder, spec.name)
+        if judged.told:
+            return judged
+    return None
+
+
+def is_right(judged: Judged, alert: Alert) -> bool:
+    """Whether an alert names what is broken: by the bench's rule, a head by name, or its layer, or the model."""
+    right = judged.run.right
+    if alert.kind in ("key", "query"):
+        return (alert.kind, alert.layer_index, alert.head) in right
+    layers = {layer for _, layer, _ in right}
+    return judged.run.spec.scope != "one" and (alert.kind == "model" or alert.layer_index in layers)
