@@ -3,10 +3,10 @@
     python benchmarks/memory.py [--shape llama-5m gpt2-124m] [--only 'monitor*'] [--device cuda]
 
 Tensors: the most bytes live at a time over three sampled steps, from before the variant is attached, weights and
-optimizer included; temporaries inside of operators count. On a CPU that is the training thread, which is where all but
-the eigenvalues of a sample is done; "process" covers the rest: the high-water mark of a fresh process's resident
-memory (of all threads, arrays outside of torch and code loaded on the way) less that of an unmonitored one. "extra" is
-what a variant adds to the unmonitored peak; allowed is the larger of 1% of that peak and 16 MB.
+optimizer included. On a CPU that is what operators return, on all threads; what operators need within, arrays outside
+of torch and code loaded on the way are in "process": the high-water mark of a fresh process's resident memory less that
+of an unmonitored one, to within a few MB. On a GPU it is what torch's allocator gives out. "extra" is what a variant
+adds to the unmonitored peak; allowed is the larger of 1% of that peak and 16 MB.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks import results_file
+from benchmarks.blocks import PLAIN
 from benchmarks.overhead import PACKAGES
 from benchmarks.peers import PEERS
 from benchmarks.variants import Monitored, Variant, try_out
@@ -35,7 +36,6 @@ from tests.live_memory import held_bytes, peak_bytes, resident_peak
 
 STEPS = 3
 MB = 1e6
-PLAIN = "unmonitored"
 
 
 def makers() -> dict[str, Callable[[Workload], Variant]]:

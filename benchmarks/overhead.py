@@ -2,15 +2,10 @@
 
     python benchmarks/overhead.py [--shape llama-5m gpt2-124m] [--rounds 20] [--only 'monitor*']
 
-Every round runs one block of steps of every variant in random order, two of them unmonitored: their difference is the
-noise (A/A). A block's cost is its total time, what is judged, written and waited for at its end included, over the
-mean of the round's two unmonitored blocks; "total" is the ratio of totals over all rounds, with the 95% interval of a
-bootstrap over blocks. Neighbours on a shared machine disturb totals; "by medians" is the median over blocks of the
-cost that a block would have were every step of it, sampled or not, the median of its kind. An interval longer than a
-block takes several rounds, which then count as one block. "sampled step" is the median of the steps that were sampled
-over the median of the unmonitored ones of the same round.
-Process time is the CPU time of all threads of this process, wall time what the clock shows; on a GPU, time of the
-training stream.
+Every round trains one block of steps by every variant, two of them unmonitored: their difference is the noise (A/A).
+Controls and monitors do theirs in pieces, in random order; others a whole block at a time, in one round of four. What
+the columns are: `blocks`. Process time is the CPU time of all threads of this process, wall time what the clock shows;
+on a GPU, time of the training stream.
 """
 
 from __future__ import annotations
@@ -21,8 +16,6 @@ import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +25,15 @@ import numpy as np
 import torch
 
 from benchmarks import results_file
+from benchmarks.blocks import CONTROL, KINDS, PLAIN, Block, row
 from benchmarks.peers import peers
 from benchmarks.variants import Monitored, Variant, try_out
 from benchmarks.workloads import SHAPES, Shape, Workload
 
-CONTROL = "unmonitored again (A/A)"
 MONITORS = ((1, 2), (1, 8), (10, 2), (10, 8), (100, 2), (100, 8))
 """Interval and windows of each monitored variant."""
 PACKAGES = ("transformers", "wandb", "trainscope", "pulsegrad", "mindstudio-probe")
-KINDS = ("process", "wall")
 WORDS = {"process": "CPU time of the process", "wall": "the clock"}
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block of steps of one variant.
-
-    Attributes:
-        steps: seconds of each step, [steps, 2]: process and wall.
-        total: seconds of the block with its end, [2].
-        sampled: which steps were sampled, [steps].
-    """
-
-    steps: np.ndarray
-    total: np.ndarray
-    sampled: np.ndarray
 
 
 class Marks:
@@ -140,6 +117,8 @@ def measure(
     *,
     rounds: int,
     block: int = 10,
+    piece: int = 5,
+    peers_every: int = 4,
     seconds: float = float("inf"),
     device: str = "cpu",
     only: tuple[str, ...] = ("*",),
@@ -153,6 +132,8 @@ def measure(
         shape: of the model and its batch.
         rounds: blocks of each variant, at most.
         block: steps of a block.
+        piece: steps that a control or monitor makes at a time, a divisor of `block`; peers make whole blocks.
+        peers_every: rounds from one in which peers take part to the next.
         seconds: no new round begins after so many.
         device: "cpu" or "cuda".
         only: globs of the names of the variants wanted; the controls always run.
@@ -165,78 +146,36 @@ def measure(
     """
     work = Workload(shape, device)
     found, left_out = variants(work, only=only, warm_up=warm_up, others=others)
-    blocks: dict[str, list[Block]] = defaultdict(list)
+    fine = {one.name for one in found if type(one) in (Variant, Monitored)}
+    blocks: dict[str, dict[int, Block]] = {one.name: {} for one in found}
     start = time.perf_counter()
     for at in range(rounds):
-        for variant in random.Random(at).sample(found, len(found)):
-            blocks[variant.name].append(run_block(variant, block))
+        pieces: dict[str, list[Block]] = defaultdict(list)
+        for part in range(block // piece):
+            now = [one for one in found if one.name in fine or (part == 0 and at % peers_every == 0)]
+            for one in random.Random(f"{at} {part}").sample(now, len(now)):
+                pieces[one.name].append(run_block(one, piece if one.name in fine else block))
+        for name, each in pieces.items():
+            blocks[name][at] = Block.join(each)
         if tell:
             print(f"round {at + 1} of {rounds}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         if time.perf_counter() - start > seconds:
             break
-    rows = [row(variant, blocks, block) for variant in found]
+    rows = [{"variant": one.name, "measures": one.measures, **row(one.name, blocks, every=one.every)} for one in found]
     for variant in found:
         if isinstance(variant, Monitored):
             variant.check()
         variant.close()
-    plain = np.concatenate([one.steps for one in blocks["unmonitored"]])
+    plain = Block.join(list(blocks[PLAIN].values())).steps
     return {
         "workload": shape.words(),
-        "rounds": len(blocks["unmonitored"]),
+        "rounds": len(blocks[PLAIN]),
         "block": block,
         "step_s": dict(zip(KINDS, np.median(plain, axis=0).tolist(), strict=True)),
         "rows": rows,
         "left out": left_out,
-        "totals_s": {name: [one.total.tolist() for one in each] for name, each in blocks.items()},
+        "totals_s": {name: [one.total.tolist() for one in each.values()] for name, each in blocks.items()},
     }
-
-
-def row(variant: Variant, blocks: dict[str, list[Block]], block: int) -> dict[str, Any]:
-    """One variant's line: ratios of totals and of medians, each with its interval, and the sampled step."""
-    mine, first, second = (blocks[name] for name in (variant.name, "unmonitored", CONTROL))
-    # The second control is held against the first: against a mean that holds itself it would look too good.
-    controls = [first] if variant.name in ("unmonitored", CONTROL) else [first, second]
-    together = max(1, -(-variant.every // block))
-    groups = [slice(at, at + together) for at in range(0, len(mine) - together + 1, together)]
-    result: dict[str, Any] = {"variant": variant.name, "measures": variant.measures}
-    if not groups:
-        return result | {"not measured": f"{variant.every} steps need {together} rounds"}
-    totals = np.array([sum(one.total for one in mine[group]) for group in groups])
-    base = np.array([sum(one.total for each in controls for one in each[group]) for group in groups]) / len(controls)
-    usual = [
-        np.median([step for each in controls for one in each[group] for step in one.steps], axis=0) for group in groups
-    ]
-    typical = [of_medians(mine[group]) for group in groups]
-    for at, kind in enumerate(KINDS):
-        result[f"{kind}, total"] = float(totals[:, at].sum() / base[:, at].sum())
-        result[f"{kind}, total 95%"] = bootstrap(
-            lambda drawn, at=at: totals[drawn, at].sum() / base[drawn, at].sum(), len(groups)
-        )
-        ratios = np.array([one[at] / step[at] for (one, _), step in zip(typical, usual, strict=True)])
-        result[f"{kind}, by medians"] = float(np.median(ratios))
-        result[f"{kind}, by medians 95%"] = bootstrap(
-            lambda drawn, ratios=ratios: np.median(ratios[drawn]), len(groups)
-        )
-        sampled = [s[at] / step[at] for (_, s), step in zip(typical, usual, strict=True) if s is not None]
-        if sampled:
-            result[f"{kind}, sampled step"] = float(np.median(sampled))
-    return result
-
-
-def of_medians(blocks: list[Block]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Seconds a step of some blocks, were every step the median of its kind; and of the sampled ones alone."""
-    steps = np.concatenate([one.steps for one in blocks])
-    sampled = np.concatenate([one.sampled for one in blocks])
-    ends = sum(one.total - one.steps.sum(axis=0) for one in blocks)
-    kinds = [(np.median(steps[kind], axis=0), kind.sum()) for kind in (sampled, ~sampled) if kind.any()]
-    mean = (sum(middle * number for middle, number in kinds) + ends) / len(steps)
-    return mean, kinds[0][0] if sampled.any() else None
-
-
-def bootstrap(of: Callable[[np.ndarray], float], number: int, *, draws: int = 2000) -> list[float]:
-    """The middle 95% of a figure over draws of blocks, with their controls, with replacement."""
-    drawn = np.random.default_rng(0).integers(0, number, (draws, number))
-    return [float(each) for each in np.quantile([of(one) for one in drawn], [0.025, 0.975])]
 
 
 def page(results: dict[str, dict[str, Any]]) -> list[str]:
@@ -275,6 +214,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--shape", nargs="+", choices=sorted(SHAPES), default=["llama-5m", "gpt2-124m"])
     result.add_argument("--rounds", type=int, default=20, help="blocks of every variant")
     result.add_argument("--block", type=int, default=10, help="steps of a block")
+    result.add_argument("--piece", type=int, default=5, help="steps at a time of a control or a monitor")
+    result.add_argument("--peers-every", type=int, default=4, help="rounds between those that others take part in")
     result.add_argument("--seconds", type=float, default=float("inf"), help="no new round of a shape after so many")
     result.add_argument("--only", nargs="+", default=["*"], help="globs of variants, such as 'monitor, every=10*'")
     result.add_argument("--warm-up", type=int, default=26, help="samples before; 24 arm the baselines")
@@ -291,8 +232,8 @@ def main() -> None:
     results = {}
     for name in given.shape:
         results[name] = measure(
-            SHAPES[name], rounds=given.rounds, block=given.block, seconds=given.seconds, device=given.device,
-            only=tuple(given.only), warm_up=given.warm_up, tell=True,
+            SHAPES[name], rounds=given.rounds, block=given.block, piece=given.piece, peers_every=given.peers_every,
+            seconds=given.seconds, device=given.device, only=tuple(given.only), warm_up=given.warm_up, tell=True,
         )  # fmt: skip
         text = results_file.write(
             given.out, given.name, title="Cost of the monitor, and of others on the same work",

@@ -197,7 +197,7 @@ class Entropies(Variant):
 
 
 class NaiveSvd(Variant):
-    """Singular values of the energy field of one sequence, for every layer and head, inside the forward."""
+    """Singular values of the energy field of one sequence's first 512 tokens, for every layer and head."""
 
     measures = "heads"
 
@@ -213,8 +213,9 @@ class NaiveSvd(Variant):
 
         def attention(module: Any, query: Tensor, key: Tensor, *rest: Any, **more: Any) -> Any:
             with torch.no_grad():
-                one_key = key[0].repeat_interleave(query.shape[1] // key.shape[1], dim=0).float()
-                field = query[0].float() @ (one_key - one_key.mean(dim=1, keepdim=True)).mT * query.shape[-1] ** -0.5
+                one_query, one_key = query[0, :, :512].float(), key[0, :, :512].float()
+                one_key = one_key.repeat_interleave(query.shape[1] // key.shape[1], dim=0)
+                field = one_query @ (one_key - one_key.mean(dim=1, keepdim=True)).mT * query.shape[-1] ** -0.5
                 energy = torch.linalg.svdvals(field).square().cumsum(dim=-1)
                 self.latest.append((1 + (energy < 0.9 * energy[:, -1:]).sum(dim=-1)).tolist())
             return sdpa_attention_forward(module, query, key, *rest, **more)
@@ -283,5 +284,6 @@ def peers(work: Workload, *, wanted: Callable[[str], bool] = bool) -> tuple[list
                 try_out(one)
             found += made
         except Exception as error:  # Foreign code: whatever it raises, it cannot be driven here.
-            left_out[name] = f"cannot be driven here ({type(error).__name__}: {str(error).splitlines()[0:1]})"
+            said = next(iter(str(error).splitlines()), "")
+            left_out[name] = f"cannot be driven here ({type(error).__name__}: {said[:200]})"
     return found, left_out

@@ -47,9 +47,11 @@ print(json.dumps({{
 def fresh(*given: str, **environment: str) -> dict[str, Any]:
     """Run a fresh interpreter from the root of the repository; the JSON it prints last."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    # pip compiles what it installs; so may these interpreters, or each would compile the package anew.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
         [sys.executable, *given],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": path, **environment}, capture_output=True, text=True, check=False,
+        cwd=ROOT, env={**inherited, "PYTHONPATH": path, **environment}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{' '.join(given)[:200]} ended with {done.returncode}: {done.stderr[-2000:]}")

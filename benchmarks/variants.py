@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from benchmarks.blocks import PLAIN
 from benchmarks.workloads import Workload, forward_backward
 from incoherence_monitor import IncoherenceMonitor, MonitorConfig
 
@@ -25,7 +26,7 @@ class Variant:
     every = 0
     measures = ""
 
-    def __init__(self, work: Workload, name: str = "unmonitored") -> None:
+    def __init__(self, work: Workload, name: str = PLAIN) -> None:
         """Take a twin of the workload's model."""
         self.work, self.name, self.model = work, name, work.twin()
         self.steps = 0

@@ -1,6 +1,6 @@
 """What becomes of a judged sample: metrics, distributions, tables, pictures and history, each at its time.
 
-Layer 4: imports judge, alerts, metrics, trackers; history and figures when they are used.
+Layer 4: imports judge, keeping, alerts, metrics, trackers; history, figures and field when they are used.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from .alerts import AlertBook
 from .coverage import Coverage, save
 from .errors import HistoryError, MissingDependencyError
 from .judge import JudgedSample
+from .keeping import KeptWindow
 from .messages import collect
 from .metrics import HEADS_CHARTED_EVER, Charted, HeadPlace, distributions, drifting_table, sample_metrics
-from .records import Alert, RecordedSample
+from .records import Alert, RecordedSample, head_label
 from .reporting import Reporter
 from .trackers import PREFIX, CompositeTracker, Picture, as_tracker, sections
 
@@ -71,6 +72,7 @@ class Dashboard:
         self._since_picture = PICTURE_EVERY
         self._worker: ThreadPoolExecutor | None = None
         self._drawing: tuple[int, Future[dict[str, Picture]]] | None = None
+        self._fields: deque[tuple[int, Future[dict[str, Picture]]]] = deque()
         self._waiting: tuple[JudgedSample, list[HeadPlace]] | None = None
         self._drawable = True
         self._drawn_at = -1
@@ -147,9 +149,50 @@ class Dashboard:
         self._listed = drifting
         self._trackers.table(TABLE_NAME, drifting_table(judged, drifting), step=judged.step)
 
+    @property
+    def draws(self) -> bool:
+        """Whether pictures are wanted and can be drawn."""
+        return self._wants_pictures()
+
+    def _wants_pictures(self) -> bool:
+        return self._drawable and (self._directory is not None or bool(self._trackers.trackers))
+
+    def _on_worker(self, draw: Callable[..., dict[str, Picture]], *given: Any) -> Future[dict[str, Picture]]:
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="incoherence_monitor_pictures")
+        return self._worker.submit(draw, *given)
+
+    def draw_field(self, window: KeptWindow, *, step: int) -> None:
+        """Draw the energy field of a head under alert, off the training thread.
+
+        Args:
+            window: one window of it.
+            step: training step of the sample that the window is from.
+        """
+        self._fields.append((step, self._on_worker(self._draw_field, window, step)))
+
+    def _draw_field(self, window: KeptWindow, step: int) -> dict[str, Picture]:
+        from . import figures
+        from .field import field_figure
+
+        label = head_label(window.layer.index, "query", window.head)
+        found = window.on_host()
+        if found is None:
+            return {}
+        try:
+            figure = field_figure(
+                *found, scale=window.scale, layer=f"{label} ({window.layer.name})", head=window.head,
+                step=step, run=self._run,
+            )  # fmt: skip
+        except MissingDependencyError:
+            # Told with the maps.
+            return {}
+        if self._directory is not None:
+            figures.save(figure, self._directory / f"field_{label.replace('/', '_')}_step_{step:07d}.png")
+        return {f"{PREFIX}/field/{label}": figures.to_pixels(figure)}
+
     def _start_drawing(self, judged: JudgedSample, drifting: list[HeadPlace]) -> None:
-        wanted = self._drawable and (self._directory is not None or bool(self._trackers.trackers))
-        if not wanted or judged.step == self._drawn_at:
+        if not self.draws or judged.step == self._drawn_at:
             return
         if self._drawing is not None:
             # What shows an alert is drawn next, however long the one before takes.
@@ -157,9 +200,7 @@ class Dashboard:
             return
         self._since_picture, self._drawn_at = 0, judged.step
         self._alert_drawn = self._alert_drawn or bool(judged.alerts)
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="incoherence_monitor_pictures")
-        self._drawing = (judged.step, self._worker.submit(self._draw, judged, drifting))
+        self._drawing = (judged.step, self._on_worker(self._draw, judged, drifting))
 
     def _draw(self, judged: JudgedSample, drifting: list[HeadPlace]) -> dict[str, Picture]:
         from . import figures
@@ -186,15 +227,12 @@ class Dashboard:
 
     def _deliver(self, *, wait: bool = False) -> None:
         """Hand pictures that are ready to the trackers: not from the thread that draws, which knows no step order."""
+        while self._fields and (wait or self._fields[0][1].done()):
+            self._hand_on(*self._fields.popleft())
         if self._drawing is None or not (wait or self._drawing[1].done()):
             return
         (step, future), self._drawing = self._drawing, None
-
-        def hand_on() -> None:
-            for name, image in future.result().items():
-                self._trackers.picture(name, image, step=step)
-
-        self._reporter.guard("drawing the maps", hand_on)
+        self._hand_on(step, future)
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             self._start_drawing(*waiting)
@@ -209,6 +247,13 @@ class Dashboard:
         """
         if self._directory is not None and samples % PICTURE_EVERY == 1:
             save(tell(), self._directory)
+
+    def _hand_on(self, step: int, future: Future[dict[str, Picture]]) -> None:
+        def hand_on() -> None:
+            for name, image in future.result().items():
+                self._trackers.picture(name, image, step=step)
+
+        self._reporter.guard("drawing a picture", hand_on)
 
     def flush(self) -> None:
         """Wait for the picture in flight."""

@@ -9,6 +9,7 @@ import base64
 import io
 import logging
 from html import escape
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,7 +76,9 @@ def _alerts(alerts: list[Alert]) -> str:
 
 def _picture(history: History) -> str:
     last = np.concatenate([history.values(name)[-1] for name in history.statistics]).astype(np.float64)
-    figure = heads_map(history.layout, last, step=int(history.steps[-1]), drifting=_under_alert(history))
+    folder = PurePath(str(history.settings.get("run", "")))
+    run = folder.parent.name if folder.name == "incoherence" else folder.name
+    figure = heads_map(history.layout, last, step=int(history.steps[-1]), drifting=_under_alert(history), run=run)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     data = base64.b64encode(buffer.getvalue()).decode()

@@ -186,6 +186,11 @@ class Pipeline:
             future = Future()
             future.set_exception(error)
         self._pending = (step, future, losses)
+        self._reporter.guard("keeping a head's window", lambda: self._draw_fields(step))
+
+    def _draw_fields(self, step: int) -> None:
+        for window in self._sampler.keeper.take():
+            self._dashboard.draw_field(window, step=step)
 
     def _host_phase(self, summarise: Callable[[], SampleSums]) -> SampleSums:
         """On the worker; until it has ended nobody else touches the judge."""
@@ -259,6 +264,8 @@ class Pipeline:
     def _publish(self, judged: JudgedSample) -> None:
         cost = self.clock.take() | {"wait_ms": 1000 * self._sampler.aside.take_waited()}
         self._dashboard.publish(judged, self.judge.book, alerts=len(self.alerts), cost=cost)
+        if self._dashboard.draws:
+            self._sampler.keeper.ask(judged.alerts)
         if self._on_alert is not None:
             for alert in judged.alerts:
                 self._tell_user(self._on_alert, alert)

@@ -20,6 +20,8 @@ from .records import Alert, Event, RecordedSample
 
 _NOT_JUDGED_BY = ("every", "run")
 """What a history's settings hold beside those of `MonitorConfig`."""
+_JUDGED_BY = ("key_leverage", "energy_scale")
+"""Statistics that judgement reads by name, which every version has recorded."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,16 @@ def judge_again(history: History, config: MonitorConfig) -> Iterator[tuple[Judge
         The judge, as it stands after a sample, and the sample as judged.
 
     Raises:
-        HistoryError: if the history holds a command that is none.
+        HistoryError: if the history holds a command that is none, or lacks a statistic that judgement rests on.
     """
     judge = Judge(config, run=str(history.settings.get("run", "")))
     for sample in history.judged:
         if sample.tick == 0 or (judge.layout is not None and sample.layout.statistics != judge.layout.statistics):
             # Where other statistics are recorded a run begins anew too, though its first sample may be lost.
             judge.forget()
+        missing = [name for name in _JUDGED_BY if name not in sample.layout.slices]
+        if missing:
+            raise HistoryError(f"The history holds no {' and no '.join(missing)}, which judgement rests on.")
         # Samples that the record has lost count in the time of baselines all the same.
         judge.tick = sample.tick
         judged = judge.judge_values(

@@ -23,6 +23,7 @@ from torch import Tensor
 from .aside import Aside, spare_core
 from .capture import AttentionInput
 from .config import MonitorConfig, check_count
+from .keeping import WindowKeeper
 from .ops import check_shapes, cut_windows, piece_statistics, shift_residual, smooth_statistics
 from .records import LayerInfo, Layout
 from .shares import Shares
@@ -85,6 +86,7 @@ class WindowSampler:
         self._fruitful: set[str] = set()
         self._step = 0
         self.aside = Aside()
+        self.keeper = WindowKeeper()
         self._also = tuple(name for name in config.recorded if statistic(name).on_request)
 
     def open(self, step: int) -> None:
@@ -131,6 +133,7 @@ class WindowSampler:
             if chosen is None:
                 self.skipped[f"windows for which no sequence had {plan.window} tokens"] += sum(part)
                 return
+            self.keeper.offer(layer, given, chosen, whole=self.whole.get(given.layer))
             held.parts.append(self._measure(given, chosen))
 
     def _measure(self, given: AttentionInput, chosen: Selection) -> Future[Part] | dict[str, Tensor]:

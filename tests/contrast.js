@@ -15,7 +15,7 @@ const poor = [];
 const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
 while (walker.nextNode()) {
   const element = walker.currentNode.parentElement;
-  if (!walker.currentNode.textContent.trim() || ["SCRIPT", "STYLE", "NOSCRIPT", "OPTION"].includes(element.tagName)) continue;
+  if (!walker.currentNode.textContent.trim() || ["SCRIPT", "STYLE", "NOSCRIPT", "OPTION", "title"].includes(element.tagName)) continue;
   const style = getComputedStyle(element);
   const colour = parts(element instanceof SVGElement ? style.fill : style.color);
   const [one, other] = [light(colour), light(behind(element))].sort((first, second) => second - first);

@@ -2,21 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from itertools import accumulate
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Tally:
+    """Bytes of the tensors made so far that are still alive, on whichever thread they were made or let go."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+        self._lock = threading.RLock()  # A tensor may die, and be told of, while another is counted.
+
+    def know(self, values: Any, *, new: bool) -> None:
+        """Take note of the tensors among some values; those that are new and not known yet count."""
+        for each in tree_leaves(values):
+            if isinstance(each, Tensor):
+                storage = each.untyped_storage()
+                key = storage._cdata
+                with self._lock:
+                    if key not in self._known:
+                        self._known.add(key)
+                        size = storage.nbytes() if new else 0
+                        weakref.finalize(storage, self._forget, key, size)
+                        self.live += size
+                        self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int, size: int) -> None:
+        with self._lock:
+            self._known.discard(key)
+            self.live -= size
+
+
+class Counting(TorchDispatchMode):
+    """Shows a tally what every operator of this thread is given and makes."""
+
+    def __init__(self, tally: Tally) -> None:
+        """Begin when entered."""
+        super().__init__()
+        self._tally = tally
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator."""
+        self._tally.know((args, kwargs), new=False)
+        result = func(*args, **(kwargs or {}))
+        self._tally.know(result, new=True)
+        return result
+
+
+@contextmanager
+def counted(tally: Tally) -> Iterator[None]:
+    """Count on this thread and on those that are started meanwhile."""
+    original = threading.Thread.run
+
+    def run(self: threading.Thread) -> None:
+        with Counting(tally):
+            original(self)
+
+    threading.Thread.run = run  # type: ignore[method-assign]
+    try:
+        with Counting(tally):
+            yield
+    finally:
+        threading.Thread.run = original  # type: ignore[method-assign]
 
 
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
     """Most bytes of tensors live at a time during a call, beyond what was live before.
 
     Args:
-        call: on "cpu" what the calling thread allocates and frees counts, temporaries inside of operators included:
-            the profiler sees no other thread. On "cuda" all that its allocator gives out counts.
+        call: on "cpu" what operators return counts, on this thread and on those that the call starts; not what an
+            operator needs within. On "cuda" all that its allocator gives out counts.
         device: whose memory.
 
     Returns:
@@ -29,21 +95,20 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    tally = Tally()
+    with counted(tally):
         call()
-    events = [each for each in recorded.profiler.kineto_results.events() if each.name() == "[memory]"]
-    ordered = sorted(events, key=lambda each: each.start_ns())
-    return max(0, *accumulate(each.nbytes() for each in ordered), 0)
+    return tally.peak
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of weights, of buffers and of the optimizer's state."""
     state = [value for values in optimizer.state.values() for value in values.values()]
-    tensors = [each for each in (*model.parameters(), *model.buffers(), *state) if isinstance(each, torch.Tensor)]
+    tensors = [each for each in (*model.parameters(), *model.buffers(), *state) if isinstance(each, Tensor)]
     return sum_bytes({id(each): each for each in tensors}.values())
 
 
-def sum_bytes(tensors: Iterable[torch.Tensor]) -> int:
+def sum_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors."""
     return sum(each.numel() * each.element_size() for each in tensors)
 

@@ -95,6 +95,36 @@ def test_overhead(monkeypatch, tmp_path):
     assert all(name in page for name in rows)
 
 
+def test_ratios_of_blocks():
+    """A sample that costs half a step costs 5% every 10 steps and 0.5% every 100, which takes ten rounds to see."""
+    module = load("blocks")
+
+    def block(sampled, extra=0.5, end=0.0):
+        steps = torch.ones(10, 2).double().numpy() * [1.0, 2.0]
+        steps[sampled] += extra
+        which = [at in sampled for at in range(10)]
+        return module.Block(steps, steps.sum(axis=0) + end, torch.tensor(which).numpy())
+
+    blocks = {
+        "unmonitored": {at: block([]) for at in range(20)},
+        module.CONTROL: {at: block([]) for at in range(20)},
+        "ten": {at: block([0]) for at in range(20)},
+        "hundred": {at: block([0] if at % 10 == 0 else []) for at in range(20)},
+        "each": {at: block(list(range(10)), extra=0.25, end=0.5) for at in range(0, 20, 4)},
+    }
+    for name, every, expected, sampled in (
+        ("ten", 10, 1.05, 1.5), ("hundred", 100, 1.005, 1.5), ("each", 1, 1.3, 1.25),
+    ):  # fmt: skip
+        row = module.row(name, blocks, every=every)
+        assert row["process, total"] == pytest.approx(expected)
+        assert row["process, by medians"] == pytest.approx(expected)
+        assert row["process, total 95%"] == pytest.approx([expected, expected])
+        assert row["process, sampled step"] == pytest.approx(sampled)
+    assert "sampled step" not in module.row(module.CONTROL, blocks, every=0)
+    one = {name: {0: each[0]} for name, each in blocks.items()}
+    assert module.row("hundred", one, every=100) == {"not measured": "100 steps need 10 rounds"}
+
+
 def test_overhead_names_who_is_left_out(monkeypatch):
     pytest.importorskip("transformers")
     peers, workloads = load("peers"), load("workloads")
@@ -256,9 +286,13 @@ def test_gpu_runs_commands_that_exist(tmp_path):
     for quick in (False, True):
         parts = load("gpu").commands("tiny", tmp_path, quick=quick)
         assert {"kernels", "overhead", "memory", "ops", "growth", "startup"} <= set(parts)
-        for name, command in parts.items():
-            if not name.startswith("kernels"):
-                module, given = load(Path(command[1]).stem), command[2:]
-                assert (FOLDER.parent / command[1]).is_file()
-                assert module.parser().parse_args(given)
+        for command in parts.values():
+            script, given = next(
+                (FOLDER.parent / each, command[at + 1 :])
+                for at, each in enumerate(command)
+                if each.startswith("benchmarks/")
+            )
+            assert script.is_file()
+            if script.stem != "kernels_check":
+                assert load(script.stem).parser().parse_args(given)
     assert load("gpu").run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log") == "ended with 3, see log"

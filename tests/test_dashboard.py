@@ -80,7 +80,7 @@ def judged(layout, evidence):
     none = np.zeros(layout.size, dtype=bool)
     part = np.zeros(len(layout.statistics))
     verdict = Verdict(
-        nothing, nothing, evidence, none, none, np.full(layout.size, -1), none, 1.0,
+        nothing, nothing, nothing, evidence, none, none, np.full(layout.size, -1), none, 1.0,
         part, part, part > 0, part > 0, part.astype(int),
     )  # fmt: skip
     values = np.random.default_rng(0).lognormal(size=layout.size).astype(np.float32)

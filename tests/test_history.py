@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -242,3 +243,31 @@ def test_a_run_that_begins_anew_in_the_same_folder_hides_the_old_one(tmp_path):
     history = History.open(tmp_path)
     assert history.steps.tolist() == [0, 10, 20]
     assert history.alerts == []
+
+
+def test_what_is_cut_off_is_said(tmp_path):
+    write(tmp_path, range(4))
+    assert History.open(tmp_path).cut == ()
+    (file,) = (tmp_path / "history").glob("*.arrow")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-200])
+    (said,) = History.open(tmp_path).cut
+    assert said.startswith("Of 000000.arrow the first 3 samples are read; what follows is not whole")
+    (tmp_path / "history" / "000001.arrow").write_bytes(whole[:20])
+    assert "Nothing of 000001.arrow can be read" in History.open(tmp_path).cut[1]
+
+
+def test_alerts_are_open_until_an_event_ends_their_episode(tmp_path):
+    later = dataclasses.replace(ALERT, step=9, since_step=8)
+    event = Event(6, "closed", ALERT.since_step, "first", "key", 1, "key_norm", "over")
+    muted = Event(9, "muted", -1, "first", None, None, None, "muted")
+    writer = HistoryWriter(tmp_path, {})
+    for step, fields in (
+        (3, {"alerts": (ALERT,)}),
+        (6, {"events": (event,)}),
+        (9, {"alerts": (later,), "events": (muted,)}),
+    ):
+        writer.append(record(step, tick=step // 3, **fields))
+        expected = {3: [ALERT], 6: [], 9: [later]}[step]
+        assert History.open(tmp_path).open_alerts == expected
+    writer.close()

@@ -17,7 +17,7 @@ LAYERS = [
     {"ops"},
     {"stats", "config", "probe", "records", "messages", "vectors", "baseline", "detectors", "findings", "alerts"}
     | {"commands", "causes", "episodes", "loss"},
-    {"aside", "windows", "shares", "capture", "sums", "sampling", "sharding", "agreement", "distributed"}
+    {"aside", "windows", "shares", "capture", "sums", "keeping", "sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "attempts", "history", "notebook", "judge", "figures", "field", "inbox"},
     {"metrics", "dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
     {"integrations", "audit", "report"},
@@ -36,7 +36,8 @@ SIDEWAYS = {
     "episodes": {"findings", "records", "stats"},
     "alerts": {"causes", "episodes", "findings", "loss", "messages", "records", "stats"},
     "shares": {"windows"},
-    "sampling": {"aside", "windows", "shares", "sums", "capture"},
+    "keeping": {"windows", "capture"},
+    "sampling": {"aside", "windows", "shares", "sums", "capture", "keeping"},
     "agreement": {"windows", "sums"},
     "distributed": {"windows", "agreement", "capture", "sampling", "sharding", "sums"},
     "judge": {"sums"},
@@ -59,7 +60,7 @@ OPTIONAL = {
     "torch.utils.tensorboard": {"trackers/tensorboard.py"},
     "matplotlib": {"figures.py", "field.py", "audit/pictures.py", "audit/result.py", "audit/page.py"},
     "pandas": {"history.py"},
-    "triton": {"ops/kernels.py"},
+    "triton": {"ops/kernels/keys.py", "ops/kernels/matrices.py", "ops/kernels/tokens.py"},
     "tqdm": {"audit/progress.py"},
     "scipy": set(),
 }

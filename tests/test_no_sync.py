@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from incoherence_monitor import head_statistics
-from incoherence_monitor.ops import gram, shift_residual, smooth_statistics
+from incoherence_monitor.ops import Windows, fused, gram, launch, shift_residual, smooth_statistics
 from incoherence_monitor.sampling import to_be_copied
 from incoherence_monitor.windows import select_windows
 
@@ -20,17 +20,11 @@ WAITING = {
 
 
 class Watch(TorchDispatchMode):
-    """Refuses whatever makes the host wait, and remembers the operators of our own."""
-
-    def __init__(self):
-        super().__init__()
-        self.ours = []
+    """Refuses whatever makes the host wait."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = function.name().split("::")[1].split(".")[0]
-        if function.namespace == "incoherence_monitor":
-            self.ours.append(name)
         assert name not in WAITING, f"{name} waits for the device"
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
         if name == "index" and tensors[0].is_meta:
@@ -48,10 +42,20 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.fixture(params=["batched", "fused"])
-def watch(request, monkeypatch):
+def launched(request, monkeypatch):
+    """Watches either path; the kernels launched, which hold nothing that a host could wait for, are put down."""
+    kernels = []
     monkeypatch.setattr(gram, "at_hand", lambda *tensors: request.param == "fused")
-    with Watch() as mode:
-        yield mode, request.param
+    for room in (launch, fused):
+        monkeypatch.setattr(room, "launch", lambda kernel, *arguments, **more: kernels.append(kernel))
+    # Past the operator, into what it does.
+    monkeypatch.setattr(
+        fused,
+        "window_statistics",
+        lambda *given: fused.compute(*given[:4], Windows(*given[4:7]), given[7]),
+    )
+    with Watch():
+        yield kernels if request.param == "fused" else None
 
 
 def heads(dtype=torch.bfloat16):
@@ -62,7 +66,7 @@ def heads(dtype=torch.bfloat16):
     )
 
 
-def test_the_watch_sees_what_waits(watch):
+def test_the_watch_sees_what_waits(launched):
     key = heads()[1]
     for waits in (
         lambda: key[key > 0],
@@ -79,8 +83,7 @@ def test_the_watch_sees_what_waits(watch):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("also", [(), ("logit_max", "attention_entropy")], ids=len)
-def test_head_statistics_without_eigenvalues(watch, masked, also):
-    mode, path = watch
+def test_head_statistics_without_eigenvalues(launched, masked, also):
     query, key, value = heads()
     valid = torch.ones(3, 70, dtype=torch.bool, device="meta") if masked else None
     found = head_statistics(query, key, value=value, valid=valid, eigen=False, also=also)
@@ -88,13 +91,16 @@ def test_head_statistics_without_eigenvalues(watch, masked, also):
     for name, each in found.items():
         of_key = name.startswith(("key", "value"))
         assert (each.shape, each.dtype) == ((3, 2 if of_key else 4), torch.float32), name
-    kernels = ["centred_window_gram", "window_norms", "whitened_window_gram", "window_forms"]
-    assert sorted(mode.ours) == (sorted([*kernels, "window_gram", "window_forms"]) if path == "fused" else [])
+    if launched is not None:
+        over_tokens = ["gram_kernel", "gram_kernel", "norms_kernel", "forms_kernel", "forms_kernel", "whitened_kernel"]
+        over_matrices = ["ridged_kernel", "ridged_kernel", "spread_kernel"]
+        statistics = ["key_statistics_kernel", "query_statistics_kernel"]
+        assert sorted(launched) == sorted([*over_tokens, *over_matrices, *statistics])
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("documents", [False, True])
-def test_a_layer_of_a_sample(watch, masked, documents):
+def test_a_layer_of_a_sample(launched, masked, documents):
     query, key, value = heads()
     valid = torch.ones(3, 70, dtype=torch.bool, device="meta")
     chosen = select_windows(

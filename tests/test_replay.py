@@ -10,7 +10,9 @@ from incoherence_monitor import History, IncoherenceMonitor, MonitorConfig
 from incoherence_monitor.cli import main
 from incoherence_monitor.errors import HistoryError
 from incoherence_monitor.history import HistoryWriter
+from incoherence_monitor.records import LayerInfo, Layout, RecordedSample
 from incoherence_monitor.replay import replay
+from incoherence_monitor.stats import DEFAULT_RECORDED
 
 from .test_monitor import CONFIG, drive, grow_one_head, queries_and_keys
 
@@ -215,3 +217,13 @@ def test_values_are_judged_as_they_are_recorded():
     judged &= np.isfinite(recorded.values)  # Neither a value nor a gradient was shown.
     assert judged.sum() > len(held) / 4
     np.testing.assert_array_equal(held[judged], np.log(recorded.values.astype(np.float64)).astype(np.float32)[judged])
+
+
+def test_a_history_without_what_judgement_rests_on_is_named(tmp_path, capsys):
+    """As where a byte of the header is damaged, so that a statistic's name is none."""
+    layout = Layout((LayerInfo("first", 0, 2, 2, 16),), tuple(n for n in DEFAULT_RECORDED if n != "energy_scale"))
+    writer = HistoryWriter(tmp_path, {})
+    writer.append(RecordedSample(0, layout, np.ones(layout.size, np.float32)))
+    writer.close()
+    assert main(["replay", str(tmp_path)]) == 2
+    assert "holds no energy_scale" in capsys.readouterr().err

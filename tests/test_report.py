@@ -290,6 +290,24 @@ def test_what_was_cut_off_is_said(tmp_path):
     assert "Nothing of 000001.arrow can be read" in report(tmp_path).words
 
 
+def test_layers_that_come_later_while_the_run_goes_on(tmp_path):
+    monitor = IncoherenceMonitor(every=1, config=MonitorConfig(window=32), output_dir=tmp_path)
+    drive(monitor, range(10), layers=("first", "second"), key_heads=4)
+    drive(monitor, range(10, 45), layers=("first", "second", "third"), key_heads=4)
+    monitor.flush()
+    page = report(tmp_path)
+    (shown,) = page.model["runs"]
+    assert [layer[0] for layer in shown["layers"]] == ["first", "second", "third"]
+    at = [row["name"] for row in shown["statistics"]].index("key_norm")
+    values, expected = (unpack(page_packed(page, f"{part}-0-{at}"), 12) for part in "ve")
+    assert np.isnan(values[:10, 8:]).all()
+    assert np.isfinite(values[10:]).all()
+    # Armed after 24 samples of its own, the earlier layers before it.
+    assert np.isfinite(expected[35, :8]).all()
+    assert np.isnan(expected[:34, 8:]).all()
+    monitor.close()
+
+
 def test_what_an_earlier_attempt_recorded_beyond_the_newest_is_left_out_and_said(tmp_path):
     made_up(tmp_path, 30)
     made_up(tmp_path, 5, begin=10)

@@ -1,4 +1,4 @@
-"""The TensorBoard page of the demo's log, opened in a headless browser: scalars, the map, the alert's text."""
+"""The TensorBoard page of the demo's log in a headless browser, light and dark: layout, maps, histograms, texts."""
 
 from __future__ import annotations
 
@@ -67,6 +67,17 @@ def page(tmp_path_factory):
     server.wait()
 
 
+CHART_TITLES = """
+const titles = [];
+(function walk(node) {
+  if ((node.tagName || '').startsWith('TF-CUSTOM-SCALAR-M')) titles.push([node.tagName, node.title]);
+  if (node.shadowRoot) walk(node.shadowRoot);
+  for (const child of node.childNodes) walk(child);
+})(document.body);
+return titles;
+"""
+
+
 def wait_for(driver, address, words, images=0):
     driver.get(address)
     for _ in range(60):
@@ -75,10 +86,11 @@ def wait_for(driver, address, words, images=0):
             break
         time.sleep(0.5)
     if "SCREENSHOTS" in os.environ:
-        name = address.split("#")[1]
+        name = address.split("#")[1] + ("_dark" if "darkMode=true" in address else "")
         driver.save_screenshot(str(Path(os.environ["SCREENSHOTS"]) / f"{name}.png"))
     for word in words:
         assert word in text
+    assert [entry["message"] for entry in driver.get_log("browser")] == []
     return found
 
 
@@ -91,11 +103,40 @@ def test_the_page_shows_scalars(page):
     )
 
 
-def test_the_page_shows_the_map(page):
+@pytest.mark.parametrize("dark", ["false", "true"])
+def test_the_page_lays_out_what_matters_first(page, dark):
     driver, address = page
-    assert max(wait_for(driver, address + "#images", ["incoherence/heads_map"], images=1)) > 1000
+    wait_for(
+        driver,
+        address + f"?darkMode={dark}#custom_scalars",
+        ["Is attention healthy?", "All heads: median, lowest and highest", "Heads under alert", "energy scale (nats)"],
+    )
+    titles = driver.execute_script(CHART_TITLES)
+    assert titles[0][1].startswith("worst head")
+    bands = [title for tag, title in titles if "MARGIN" in tag]
+    assert len(bands) == 12
+    assert (bands[0], bands[-1]) == ("key incoherence (ratio)", "shift residual (ratio)")
 
 
-def test_the_page_shows_the_alert(page):
+@pytest.mark.parametrize("dark", ["false", "true"])
+def test_the_page_shows_the_maps_and_a_field(page, dark):
     driver, address = page
-    wait_for(driver, address + "#text", ["Key head 1 of layer 2", "mean key norm", "warning"])
+    widths = wait_for(
+        driver,
+        address + f"?darkMode={dark}#images",
+        ["incoherence/heads_map", "incoherence/drift_map", "incoherence/field/L02/Q01"],
+        images=3,
+    )
+    assert sorted(widths)[-2:] == [1360, 1360]
+
+
+def test_the_page_shows_histograms(page):
+    driver, address = page
+    wait_for(driver, address + "#histograms", ["incoherence/key_norm/heads", "incoherence/energy_scale/heads"])
+
+
+@pytest.mark.parametrize("dark", ["false", "true"])
+def test_the_page_shows_the_alert(page, dark):
+    driver, address = page
+    words = ["Key head 1 of layer 2", "warning: L02/KV01, mean key norm", "robust SD", "evidence"]
+    wait_for(driver, address + f"?darkMode={dark}#text", words)

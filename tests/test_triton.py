@@ -41,13 +41,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from incoherence_monitor.ops import kernels
 
-POINTERS = {"valid": "*u8", "rows": "*i64", "starts": "*i64"}
+KINDS = {"x": "*bf16", "valid": "*u8", "rows": "*i64", "starts": "*i64", "ridge": "fp32", "core": "*fp64"}
+SINGLE = "gram mean norms matrix out values leverage query_gram key_gram columns core_out".split()
 
-def build(name, capability, **fixed):
+def build(name, capability, *, wide=(), **fixed):
     kernel = getattr(kernels, name)
     fixed = {"stride_d": 1, "MASKED": True, "TILE": 64, "TILES": 2, "BLOCK": 32, **fixed}
     fixed = {key: value for key, value in fixed.items() if key in kernel.arg_names}
-    kinds = {"x": "*bf16", **POINTERS, **dict.fromkeys(("gram", "mean", "norms", "scale", "matrix", "out"), "*fp32")}
+    kinds = {**KINDS, **dict.fromkeys(SINGLE, "*fp32"), "scale": "fp32", **dict.fromkeys(wide, "*fp64")}
     signature = {key: "constexpr" if key in fixed else kinds.get(key, "i32") for key in kernel.arg_names}
     source = ASTSource(kernel, signature=signature, constexprs=fixed)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
@@ -59,8 +60,13 @@ def build(name, capability, **fixed):
 build("norms_kernel", 80)
 build("gram_kernel", 80, CENTRED=True, EXACT=False)
 build("gram_kernel", 90, CENTRED=False, EXACT=True, BLOCK=64)
-build("whitened_kernel", 80)
-build("forms_kernel", 80, LENGTHS=False)
+build("whitened_kernel", 80, wide=["matrix"])
+build("forms_kernel", 80, WHITE=False)
+build("forms_kernel", 80, WHITE=True, wide=["matrix"])
+build("ridged_kernel", 80, SCALED=True, wide=["out"])
+build("spread_kernel", 80, wide=["out"])
+build("key_statistics_kernel", 80, VALUED=True)
+build("query_statistics_kernel", 80)
 """
 
 
@@ -71,7 +77,7 @@ def test_kernels_compile_for_cards_that_are_not_here_and_address_in_64_bits():
     ran = python("-c", COMPILE, TRITON_INTERPRET="0")
     assert ran.returncode == 0, ran.stderr[-4000:]
     rows = [line.split(";") for line in ran.stdout.splitlines()]
-    assert len(rows) == 5
+    assert len(rows) == 10
     for name, _, shared, narrow, *line in rows:
         # What any card since compute capability 7.5 has.
         assert int(shared) <= 64 * 1024, name
@@ -111,10 +117,10 @@ def test_without_triton_nothing_is_missing():
 
 
 def test_a_device_on_which_no_kernel_starts_is_told_once_and_left_to_batched_torch(monkeypatch):
-    def refuse(*arguments):
+    def refuse(*arguments, **more):
         raise RuntimeError("Failed to find C compiler.")
 
-    monkeypatch.setattr(launch, "window_norms", refuse)
+    monkeypatch.setattr(launch, "launch", refuse)
     launch._launches.cache_clear()
     with pytest.warns(RuntimeWarning, match="Failed to find C compiler.*batched torch"):
         assert not launch._launches(torch.device("cpu"))

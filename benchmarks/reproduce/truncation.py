@@ -23,7 +23,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-BOUNDS = ("range", "spectral", "delocalised", "mean")
 SLACK = 1e-9
 """By how much rounding may lift an error above a bound that it meets."""
 

@@ -21,8 +21,6 @@ _ELEMENTS_AT_ONCE = 1 << 17
 _MORE = 5
 """Columns of the sketch beyond the rank bound: one shows a rank that is too high, the others make that certain."""
 _ONLY_SCALED = ("energy_scale", "key_norm")
-_LEVERAGE = "key_leverage"
-"""Takes a pseudo-inverse, which is as exact as the keys are far from deficient: left out."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +120,7 @@ def violations(
     direction = torch.randn(key.shape[0], 1, dim, dtype=torch.float64, generator=generator).to(key.device)
     offset = 10 * key.norm(dim=-1).mean(dim=-1)[:, None, None] * direction / direction.norm(dim=-1, keepdim=True)
     turn = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator)).Q.to(key.device)
+    # Key leverage takes a pseudo-inverse, as exact as the keys are far from deficient: it is left out.
     of_field = {name for name in statistics if name.startswith("energy_") or name == "query_participation_rank"}
     of_keys = {"key_incoherence", "key_norm"}
     for name, changed, factor, unchanged in (

@@ -156,8 +156,8 @@ def _why(source: str, error: Exception, download: bool) -> Exception:
     if not Path(source).is_dir() and isinstance(error, OSError):
         if not download:
             return SettingError(
-                f"{source} is neither a folder nor a model in the local Hugging Face cache; give --download to fetch "
-                "it from the hub."
+                f"{source} is neither a folder nor a model in the local Hugging Face cache; give --download (in Python "
+                "download=True) to fetch it from the hub."
             )
         return SettingError(f"{source} is no folder, and could not be fetched from the hub ({_first_line(error)}).")
     return ModelError(f"{source} could not be loaded ({type(error).__name__}: {_first_line(error)}).")

@@ -19,7 +19,7 @@ from ..field import field_figure
 from ..ops import energy_field
 from ..records import FloatArray, LayerInfo, Layout
 from ..stats import STATISTICS, HeadKind
-from .identities import IDENTITIES, Identity
+from .identities import Identity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -288,11 +288,6 @@ def quartiles(values: FloatArray) -> tuple[float, float, float]:
         return (math.nan,) * 3
     low, middle, high = np.percentile(finite, [25, 50, 75])
     return float(low), float(middle), float(high)
-
-
-def identity_order() -> tuple[str, ...]:
-    """Names of the identities in their order."""
-    return tuple(identity.name for identity in IDENTITIES)
 
 
 def _layer(layer: LayerInfo) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""The fast statistics on a GPU: as `gram`, with everything that reads tokens in Triton kernels.
+"""The fast statistics on a GPU: as `gram`, by Triton kernels.
 
 From query [B, Hq, L, d] and key [B, Hk, L, d], in whatever strides they lie, to one number per window and head. A
 window is a row and a first token: nothing is cut out, copied or cast. The kernels sum in float32, which is why keys
 are whitened twice: their Gram matrix squares their condition, that of the whitened keys has next to none left
-(Cholesky QR, done twice). What remains, on d x d matrices, torch does in float64; nothing is read back to the host.
+(Cholesky QR, done twice). Factors and products of d x d matrices are torch's, in float64, which no setting of the
+user's run reaches; nothing is read back to the host.
 
 Legend of shape suffixes as in `gram`; B counts windows.
 
-Layer 1: imports torch, constants, launch, logits and shapes.
+Layer 1: imports torch, launch, logits and shapes.
 """
 
 from __future__ import annotations
@@ -17,11 +18,18 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from .constants import KEYS_EQUAL_BELOW
-from .launch import centred_window_gram, whitened_window_gram, window_forms, window_gram, window_norms
+from .launch import BLOCK, launch, on_tokens
 from .logits import logit_statistics
 from .shapes import Windows
 
+_KEY_STATISTICS = ("key_incoherence", "key_norm", "key_leverage", "value_norm")
+_QUERY_STATISTICS = (
+    "query_participation_rank",
+    "energy_scale",
+    "energy_localization",
+    "energy_spread",
+    "energy_participation_rank",
+)
 _FIRST_RIDGE = 2.0**-17
 """Added to the diagonal of the keys' Gram matrix, scaled to ones there, before its first factor is taken: above the
 rounding of its float32 sums, so that keys without full rank have a factor too."""
@@ -55,86 +63,121 @@ def smooth_statistics(
     Returns:
         The statistics [N, heads] and the core [N, Hq, d, d], both float32.
     """
-    query, key = query.detach(), key.detach()
+    query, key, value = query.detach(), key.detach(), None if value is None else value.detach()
     if windows is None:
         rows = torch.arange(query.shape[0], device=query.device)
         windows = Windows(rows, torch.zeros_like(rows), query.shape[2])
-    rows, starts, length = windows
-    number, dim, key_heads = len(rows), query.shape[3], key.shape[1]
-    group = query.shape[1] // key_heads
-    where = (valid, rows, starts, length)
-    if valid is None:
-        count_B1 = torch.full((number, 1), float(length), dtype=torch.float64, device=query.device)
-    else:
-        count_B1 = windows.take_tokens(valid).sum(dim=1, keepdim=True).double()
-
-    gram_BGDD, mean_BG2D, norms_BG3 = centred_window_gram(key, *where)
-    raw_energy_BG, longest_BG, lengths_BG = norms_BG3.double().unbind(dim=-1)
-    result = {
-        "key_incoherence": torch.where(raw_energy_BG != 0, count_B1 * longest_BG / raw_energy_BG, torch.nan),
-        "key_norm": lengths_BG / count_B1,
-    }
-    if value is not None:
-        result["value_norm"] = window_norms(value.detach(), *where)[..., 2].double() / count_B1
+    of_keys, of_queries, core = window_statistics(query, key, value, valid, *windows, scale)
+    names = _KEY_STATISTICS if value is not None else _KEY_STATISTICS[:-1]
+    result = dict(zip(names, of_keys.unbind(), strict=True))
+    result |= dict(zip(_QUERY_STATISTICS, of_queries.unbind(), strict=True))
     if also:
         of_pairs = _of_pairs(query, key, valid, windows, scale=scale, causal=causal)
-        result |= {name: of_pairs[name] for name in also}
+        result |= {name: of_pairs[name].float() for name in also}
+    return result, core
 
-    key_energy_BG = _trace(gram_BGDD.double())
-    # False for keys that are not finite, whose NaN then runs through to every statistic.
-    equal_BG = key_energy_BG <= KEYS_EQUAL_BELOW * raw_energy_BG
-    safe_BG = torch.where(key_energy_BG > 0, key_energy_BG, 1.0)
-    keys = (key, *where, mean_BG2D, safe_BG.rsqrt().float())
-    gram_BGDD = gram_BGDD.double() / safe_BG[..., None, None]
-    diagonal_BGD = gram_BGDD.diagonal(dim1=-2, dim2=-1)
-    # With ones on the diagonal the ridge means the same for every channel, and rounding is alike in all of them.
-    root_BGD1 = torch.where(diagonal_BGD > 0, diagonal_BGD, 1.0).sqrt()[..., None]
-    factor_BGDD, whitener_BGDD = _factor(gram_BGDD / root_BGD1 / root_BGD1.mT, _FIRST_RIDGE)
-    factor_BGDD, whitener_BGDD = root_BGD1 * factor_BGDD, whitener_BGDD / root_BGD1.mT
-    white_BGDD = whitened_window_gram(*keys, whitener_BGDD.mT.float())
-    second_BGDD, second_whitener_BGDD = _factor(white_BGDD.double(), _SECOND_RIDGE)
-    factor_BGDD = factor_BGDD @ second_BGDD
-    whitener_BGDD = second_whitener_BGDD @ whitener_BGDD
-    all_leverage_BG, leverage_BG, _ = window_forms(*keys, whitener_BGDD.mT.float(), True).double().unbind(dim=-1)
-    # The kernels' maxima pass over NaN; their sums do not.
-    known_BG = torch.isfinite(all_leverage_BG) & torch.isfinite(key_energy_BG) & ~equal_BG
-    result["key_leverage"] = torch.where(known_BG, count_B1 / dim * leverage_BG, torch.nan)
 
-    query_gram_BQDD = window_gram(query, *where).double()
-    query_energy_BQ = _trace(query_gram_BQDD)
-    query_gram_BQDD = query_gram_BQDD / torch.where(query_energy_BQ == 0, 1.0, query_energy_BQ)[..., None, None]
-    result["query_participation_rank"] = torch.where(
-        query_energy_BQ > 0, 1.0 / query_gram_BQDD.square().sum(dim=(-2, -1)), torch.nan
+@torch.library.custom_op("incoherence_monitor::window_statistics", mutates_args=())
+def window_statistics(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    valid: Tensor | None,
+    rows: Tensor,
+    starts: Tensor,
+    length: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Key statistics [3 or 4, N, Hk], query statistics [5, N, Hq] and the core [N, Hq, d, d], float32."""
+    return compute(query, key, value, valid, Windows(rows, starts, length), scale)
+
+
+@window_statistics.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    valid: Tensor | None,
+    rows: Tensor,
+    starts: Tensor,
+    length: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    number, dim = rows.shape[0], query.shape[3]
+    return (
+        _new(key, 3 if value is None else 4, number, key.shape[1]),
+        _new(key, 5, number, query.shape[1]),
+        _new(key, number, query.shape[1], dim, dim),
     )
 
+
+def compute(
+    query: Tensor, key: Tensor, value: Tensor | None, valid: Tensor | None, windows: Windows, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `window_statistics` does: six kernels over tokens, five over matrices, torch's factors between them."""
+    number, key_heads, query_heads, dim = len(windows.rows), key.shape[1], query.shape[1], query.shape[3]
+    group, of_keys, of_queries = query_heads // key_heads, (number, key_heads), (number, query_heads)
+    of_key, of_query = number * key_heads, number * query_heads
+    keys, queries = (key, valid, windows), (query, valid, windows)
+
+    key_gram_BGDD, mean_BG2D = _new(key, *of_keys, dim, dim), _new(key, *of_keys, 2, dim)
+    norms_BG4 = value_norms_BG4 = _new(key, *of_keys, 4)
+    on_tokens("gram_kernel", *keys, (key_gram_BGDD, mean_BG2D, norms_BG4), tiled=True, CENTRED=True, EXACT=False)
+    if value is not None:
+        value_norms_BG4 = _new(key, *of_keys, 4)
+        on_tokens("norms_kernel", value, valid, windows, (value_norms_BG4,))
+    query_gram_BQDD = _new(key, *of_queries, dim, dim)
+    # Products of half precision are exact on the tensor cores. Triton's interpreter, on a CPU, has none of bfloat16.
+    exact = query.dtype == torch.float16 or (query.dtype == torch.bfloat16 and query.is_cuda)
+    block = 2 * BLOCK if exact else BLOCK
+    # Where nothing is centred there is no mean to write.
+    out = (query_gram_BQDD, query_gram_BQDD, query_gram_BQDD)
+    on_tokens("gram_kernel", *queries, out, block=block, tiled=True, CENTRED=False, EXACT=exact)
+    columns_BQ3 = _new(key, *of_queries, 3)
+    of_columns = (mean_BG2D, key_gram_BGDD, query_gram_BQDD, columns_BQ3)
+    on_tokens("forms_kernel", *keys, of_columns, group=group, WHITE=False)
+
+    # What whitens the keys, from the inverse factor of their Gram matrix, and once more from that of the outcome.
+    wide_BGDD = torch.empty(*of_keys, dim, dim, dtype=torch.float64, device=key.device)
+    ridged = (key_gram_BGDD, wide_BGDD, _FIRST_RIDGE, dim)
+    launch("ridged_kernel", key_gram_BGDD, of_key, *ridged, tiled=True, SCALED=True)
+    factor_BGDD, inverse_BGDD = _factor(wide_BGDD)
+    white_BGDD = _new(key, *of_keys, dim, dim)
+    whitening = (mean_BG2D, key_gram_BGDD, inverse_BGDD.contiguous(), white_BGDD)
+    on_tokens("whitened_kernel", *keys, whitening, tiled=True)
+    launch("ridged_kernel", white_BGDD, of_key, white_BGDD, wide_BGDD, _SECOND_RIDGE, dim, tiled=True, SCALED=False)
+    second_BGDD, second_inverse_BGDD = _factor(wide_BGDD)
+    factor_BGDD, inverse_BGDD = factor_BGDD @ second_BGDD, second_inverse_BGDD @ inverse_BGDD
+    leverage_BG3 = _new(key, *of_keys, 3)
+    on_tokens("forms_kernel", *keys, (mean_BG2D, key_gram_BGDD, inverse_BGDD, leverage_BG3), group=1, WHITE=True)
+    valued = value is not None
+    key_statistics_SBG = _new(key, 4 if valued else 3, *of_keys)
+    summed = (key_gram_BGDD, norms_BG4, value_norms_BG4, leverage_BG3)
+    launch("key_statistics_kernel", key_gram_BGDD, of_key, *summed, key_statistics_SBG, of_key, dim, VALUED=valued)
+
     # With C C^T = B the core C^T A C has the eigenvalues of AB: their sum is its trace, that of their squares its
-    # squared norm. A and B are taken with trace one.
-    factor_BGRDD = factor_BGDD[:, :, None]
-    core_BGRDD = factor_BGRDD.mT @ query_gram_BQDD.unflatten(1, (key_heads, group)) @ factor_BGRDD
-    core_BQDD = core_BGRDD.flatten(1, 2)
-    columns_BQ3 = window_forms(*keys, query_gram_BQDD.float(), False).double()
-    column_sum_BQ, column_max_BQ, column_squares_BQ = columns_BQ3.unbind(dim=-1)
-    equal_BQ, safe_BQ = equal_BG.repeat_interleave(group, dim=1), safe_BG.repeat_interleave(group, dim=1)
-    first_BQ = torch.where(equal_BQ, 0.0, column_sum_BQ)
-    undefined_BQ = ~(first_BQ > 0)
-    known_BQ = torch.where(undefined_BQ, torch.nan, first_BQ)
-    energy_scale_BQ = abs(scale) * (query_energy_BQ * safe_BQ * first_BQ).sqrt() / count_B1
-    result["energy_scale"] = torch.where(count_B1 > 0, energy_scale_BQ, torch.nan)
-    result["energy_localization"] = count_B1 * column_max_BQ / known_BQ
-    result["energy_spread"] = known_BQ.square() / (count_B1 * column_squares_BQ)
-    core_BQDD = core_BQDD / torch.where(undefined_BQ, torch.nan, _trace(core_BQDD))[..., None, None]
-    result["energy_participation_rank"] = 1.0 / core_BQDD.square().sum(dim=(-2, -1))
-    return {name: each.float() for name, each in result.items()}, core_BQDD.float()
+    # squared norm. C is R, the roots of the diagonal of B, times the factors.
+    spread_BQDD = torch.empty(*of_queries, dim, dim, dtype=torch.float64, device=key.device)
+    spread = (query_gram_BQDD, key_gram_BGDD, spread_BQDD, group, dim)
+    launch("spread_kernel", query_gram_BQDD, of_query, *spread, tiled=True)
+    # As R A R is symmetric, C^T A C is the transpose of its product with the factor, times the factor.
+    half_BGRDD = (spread_BQDD.view(*of_keys, group * dim, dim) @ factor_BGDD).view(*of_keys, group, dim, dim)
+    core_BGXD = half_BGRDD.mT.reshape(*of_keys, group * dim, dim) @ factor_BGDD
+    core_BQDD, query_statistics_SBQ = _new(key, *of_queries, dim, dim), _new(key, 5, *of_queries)
+    known = (query_gram_BQDD, key_gram_BGDD, norms_BG4, columns_BQ3, core_BGXD)
+    results = (query_statistics_SBQ, core_BQDD)
+    launch("query_statistics_kernel", query_gram_BQDD, of_query, *known, *results, abs(scale), of_query, group, dim)
+    return key_statistics_SBG, query_statistics_SBQ, core_BQDD
 
 
-def _trace(matrix: Tensor) -> Tensor:
-    return matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+def _new(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def _factor(gram_BGDD: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """C with C C^T = B and the ridge, and the inverse of C; both lower triangular."""
+def _factor(gram_BGDD: Tensor) -> tuple[Tensor, Tensor]:
+    """C with C C^T = B, and the inverse of C; both lower triangular."""
+    lower_BGDD = torch.linalg.cholesky_ex(gram_BGDD).L
     identity_DD = torch.eye(gram_BGDD.shape[-1], dtype=gram_BGDD.dtype, device=gram_BGDD.device)
-    lower_BGDD = torch.linalg.cholesky_ex(gram_BGDD + ridge * identity_DD).L
     return lower_BGDD, torch.linalg.solve_triangular(lower_BGDD, identity_DD.expand_as(lower_BGDD), upper=False)
 
 

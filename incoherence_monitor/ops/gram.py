@@ -28,8 +28,8 @@ from .pieces import Piece, cut_windows
 from .shapes import Windows, check_shapes, working_dtype
 from .spectra import cholesky_factor, inverse_of_factor, spectral_statistics, unit_trace
 
-_ELEMENTS_IN_CACHE = 1 << 15
-"""Of keys that a CPU works on at a time: with a copy of them they fill a quarter of a usual second-level cache."""
+_ELEMENTS_IN_CACHE = 1 << 16
+"""Of keys that a CPU works on at a time: with a copy of them they fill half a usual second-level cache."""
 _ELEMENTS_HELD = 1 << 19
 """Of centred keys that a CPU holds at a time."""
 
@@ -64,15 +64,16 @@ def smooth_statistics(
         The statistics as float32 [N, Hk] or [N, Hq], NaN where undefined; and the core [N, Hq, d, d], float32,
         symmetric, whose eigenvalues are proportional to the squared singular values of the energy field.
     """
-    if query.device.type == "cpu":
-        pieces = cut_windows(query, key, value, valid, windows=windows)
-        return piece_statistics(pieces, scale=scale, also=also, causal=causal)
-    windows = None if windows is None else windows.on(query.device)
     if at_hand(query, key, value):
+        windows = None if windows is None else windows.on(query.device)
         return fused.smooth_statistics(
             query, key, value=value, scale=scale, valid=valid, also=also, causal=causal, windows=windows
         )
+    if query.device.type == "cpu":
+        pieces = cut_windows(query, key, value, valid, windows=windows)
+        return piece_statistics(pieces, scale=scale, also=also, causal=causal)
     if windows is not None:
+        windows = windows.on(query.device)
         query, key = windows.take(query), windows.take(key)
         value = None if value is None else windows.take(value)
         valid = None if valid is None else windows.take_tokens(valid)
@@ -154,14 +155,14 @@ def _of_group(
     leverage_BG = torch.cat([largest for largest, _ in of_columns]) / torch.where(key_energy_BG > 0, key_energy_BG, 1.0)
     result["key_leverage"] = torch.where(equal_BG, nan, count_B1 / dim * leverage_BG)
     result["query_participation_rank"] = torch.where(
-        query_energy_BQ > 0, 1.0 / query_gram_BQDD.square().sum(dim=(-2, -1)), nan
+        query_energy_BQ > 0, 1.0 / torch.linalg.matrix_norm(query_gram_BQDD).square(), nan
     )
 
     # With A = Q^T Q and B = Kc^T Kc = C C^T: sum sigma^2 = s^2 tr(AB), sum sigma^4 = s^4 tr(ABAB), column j of E has
     # energy s^2 kc_j^T A kc_j (METRICS.md), and C^T A C has the eigenvalues of AB. A and B are taken with trace one:
     # ranks and shares do not depend on scale.
     core_BQDD = (factor_BGDD.mT[:, :, None] @ query_gram_BGRDD @ factor_BGDD[:, :, None]).flatten(1, 2)
-    second_BQ = core_BQDD.square().sum(dim=(-2, -1))
+    second_BQ = torch.linalg.matrix_norm(core_BQDD).square()
     column_BQL = torch.cat([columns for _, columns in of_columns]).clamp(min=0)
     safe_BQ = torch.where(key_energy_BG > 0, key_energy_BG, 1.0).repeat_interleave(group, dim=1)
     first_BQ = torch.where(equal_BG.repeat_interleave(group, dim=1), 0.0, column_BQL.sum(dim=-1) / safe_BQ)
@@ -223,9 +224,9 @@ def _token_sums(
         queries = widen(piece.query, centred_NGLD.new_empty(0))
         of_pairs = logit_statistics(queries, keys, scale=scale, causal=causal, valid=piece.valid)
         sums |= {name: of_pairs[name] for name in also}
-    square_NGL = torch.mul(keys, keys, out=room_NGLD).sum(dim=-1)
-    sums |= {"square_sum": square_NGL.sum(dim=-1), "square_max": square_NGL.amax(dim=-1)}
-    sums["key_length"] = square_NGL.sqrt_().sum(dim=-1)
+    length_NGL = torch.linalg.vector_norm(keys, dim=-1)
+    sums |= {"key_length": length_NGL.sum(dim=-1), "square_max": length_NGL.amax(dim=-1).square()}
+    sums["square_sum"] = length_NGL.square_().sum(dim=-1)
     # Centre before squaring: K^T K - L kbar kbar^T loses the digits that a large mean key takes.
     keys.sub_(keys.sum(dim=-2, keepdim=True) / count_N1[:, :, None, None])
     if invalid_N1L1 is not None:

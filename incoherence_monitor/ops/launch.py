@@ -1,9 +1,6 @@
-"""The Triton kernels as PyTorch operators, which torch.compile and FakeTensor see through, and when they may be used.
+"""When the Triton kernels may be used, and how one is launched.
 
-From the model's own tensors, [B, H, L, d] in any strides, and windows in them, to small float32 arrays. Every operator
-takes `valid` (bool [B, L], or None if every token counts) and windows as a row, a first token and one length.
-
-Layer 1: imports torch; `kernels`, and with it triton, when the first kernel is launched.
+Layer 1: imports torch; `kernels`, and with them triton, when the first kernel is launched.
 """
 
 from __future__ import annotations
@@ -18,11 +15,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .shapes import Windows
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels read; float64 is left to batched torch, which keeps its digits."""
-_TRITON = find_spec("triton") is not None
-_BLOCK = 32
+BLOCK = 32
 """Tokens a program works on at a time."""
+_TRITON = find_spec("triton") is not None
 
 
 def at_hand(*tensors: Tensor | None) -> bool:
@@ -45,9 +44,9 @@ def _runs_on(tensor: Tensor) -> bool:
 @cache
 def _launches(device: torch.device) -> bool:
     """Whether a kernel compiles and starts on the device, tried once; if not, the reason is told."""
-    place = torch.zeros(1, dtype=torch.int64, device=device)
+    square = torch.zeros(1, 1, 16, 16, device=device)
     try:
-        window_norms(torch.zeros(1, 1, 16, 16, device=device), None, place, place, 16)
+        launch("ridged_kernel", square, 1, square, square.double(), 1.0, 16, SCALED=False)
     # Whatever it is, an old card or no C compiler: batched torch gives the same numbers.
     except Exception as error:
         warnings.warn(
@@ -60,16 +59,7 @@ def _launches(device: torch.device) -> bool:
     return True
 
 
-def _launch(kernel: str, grid: tuple[int, ...], x: Tensor, valid: Tensor | None, *arguments: Any, **more: Any) -> None:
-    """Launch a kernel on the device of its input; where there is no mask any tensor stands in, which is never read."""
-    from . import kernels
-
-    mask = x if valid is None else valid.view(torch.uint8)
-    with torch.cuda.device(x.device if x.is_cuda else -1):
-        getattr(kernels, kernel)[grid](x, mask, *arguments, **more)
-
-
-def _tiles(dim: int) -> tuple[int, int]:
+def tiles_of(dim: int) -> tuple[int, int]:
     """Channels of a tile, a power of two from 16 to 64, and tiles of a head."""
     tile = max(16, 1 << (dim - 1).bit_length())
     if tile > 64:
@@ -78,185 +68,55 @@ def _tiles(dim: int) -> tuple[int, int]:
     return tile, -(-dim // tile)
 
 
-def _reading(x: Tensor, valid: Tensor | None, tile: int, tiles: int, block: int = _BLOCK) -> dict[str, Any]:
-    """Arguments that say how to read a tensor."""
-    strides = (0, 0) if valid is None else valid.stride()
-    names = ("stride_b", "stride_h", "stride_l", "stride_d", "stride_vb", "stride_vl")
-    told = dict(zip(names, (*x.stride(), *strides), strict=True))
-    return told | {"MASKED": valid is not None, "TILE": tile, "TILES": tiles, "BLOCK": block}
+def launch(kernel: str, like: Tensor, programs: int, *arguments: Any, **more: Any) -> None:
+    """Launch a kernel.
 
-
-def _new(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-@torch.library.custom_op("incoherence_monitor::window_norms", mutates_args=())
-def window_norms(x: Tensor, valid: Tensor | None, rows: Tensor, starts: Tensor, window: int) -> Tensor:
-    """[N, H, 3]: sum of squared lengths of a window's rows, the largest of them, sum of lengths."""
-    heads, dim, (tile, tiles) = x.shape[1], x.shape[3], _tiles(x.shape[3])
-    out = _new(x, len(rows), heads, 3)
-    reading = _reading(x, valid, tile, tiles)
-    _launch("norms_kernel", (len(rows) * heads,), x, valid, rows, starts, out, window, heads, dim, **reading)
-    return out
-
-
-@window_norms.register_fake
-def _(x: Tensor, valid: Tensor | None, rows: Tensor, starts: Tensor, window: int) -> Tensor:
-    return _new(x, rows.shape[0], x.shape[1], 3)
-
-
-@torch.library.custom_op("incoherence_monitor::window_gram", mutates_args=())
-def window_gram(x: Tensor, valid: Tensor | None, rows: Tensor, starts: Tensor, window: int) -> Tensor:
-    """[N, H, D, D]: X^T X of a window."""
-    out, _, _ = _gram(x, valid, rows, starts, window, centred=False)
-    return out
-
-
-@window_gram.register_fake
-def _(x: Tensor, valid: Tensor | None, rows: Tensor, starts: Tensor, window: int) -> Tensor:
-    return _new(x, rows.shape[0], x.shape[1], x.shape[3], x.shape[3])
-
-
-@torch.library.custom_op("incoherence_monitor::centred_window_gram", mutates_args=())
-def centred_window_gram(
-    x: Tensor, valid: Tensor | None, rows: Tensor, starts: Tensor, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """X^T X of a window's rows less their mean [N, H, D, D]; the mean in two parts [N, H, 2, D]; norms [N, H, 3]."""
-    return _gram(x, valid, rows, starts, window, centred=True)
-
-
-@centred_window_gram.register_fake
-def _(x: Tensor, valid: Tensor | None, rows: Tensor, starts: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
-    shape, dim = (rows.shape[0], x.shape[1]), x.shape[3]
-    return _new(x, *shape, dim, dim), _new(x, *shape, 2, dim), _new(x, *shape, 3)
-
-
-def _gram(
-    x: Tensor, valid: Tensor | None, rows: Tensor, starts: Tensor, window: int, *, centred: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    heads, dim, (tile, tiles) = x.shape[1], x.shape[3], _tiles(x.shape[3])
-    shape = (len(rows), heads)
-    gram = _new(x, *shape, dim, dim)
-    mean, norms = (_new(x, *shape, 2, dim), _new(x, *shape, 3)) if centred else (gram, gram)
-    # Triton's interpreter, on a CPU, has no products of bfloat16.
-    exact = not centred and (x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and x.is_cuda))
-    _launch(
-        "gram_kernel",
-        (len(rows) * heads, tiles * tiles),
-        x,
-        valid,
-        rows,
-        starts,
-        gram,
-        mean,
-        norms,
-        window,
-        heads,
-        dim,
-        **_reading(x, valid, tile, tiles, 2 * _BLOCK if exact else _BLOCK),
-        CENTRED=centred,
-        EXACT=exact,
-    )
-    return gram, mean, norms
-
-
-@torch.library.custom_op("incoherence_monitor::whitened_window_gram", mutates_args=())
-def whitened_window_gram(
-    x: Tensor,
-    valid: Tensor | None,
-    rows: Tensor,
-    starts: Tensor,
-    window: int,
-    mean: Tensor,
-    scale: Tensor,
-    matrix: Tensor,
-) -> Tensor:
-    """[N, H, D, D]: Y^T Y of Y = (X - mean) scale M, for mean [N, H, 2, D], scale [N, H] and M [N, H, D, D]."""
-    heads, dim, (tile, tiles) = x.shape[1], x.shape[3], _tiles(x.shape[3])
-    out = _new(x, len(rows), heads, dim, dim)
-    _launch(
-        "whitened_kernel",
-        (len(rows) * heads, tiles * tiles),
-        x,
-        valid,
-        rows,
-        starts,
-        mean.contiguous(),
-        scale.contiguous(),
-        matrix.contiguous(),
-        out,
-        window,
-        heads,
-        dim,
-        **_reading(x, valid, tile, tiles),
-    )
-    return out
-
-
-@whitened_window_gram.register_fake
-def _(
-    x: Tensor,
-    valid: Tensor | None,
-    rows: Tensor,
-    starts: Tensor,
-    window: int,
-    mean: Tensor,
-    scale: Tensor,
-    matrix: Tensor,
-) -> Tensor:
-    return _new(x, rows.shape[0], x.shape[1], x.shape[3], x.shape[3])
-
-
-@torch.library.custom_op("incoherence_monitor::window_forms", mutates_args=())
-def window_forms(
-    x: Tensor,
-    valid: Tensor | None,
-    rows: Tensor,
-    starts: Tensor,
-    window: int,
-    mean: Tensor,
-    scale: Tensor,
-    matrix: Tensor,
-    lengths: bool,
-) -> Tensor:
-    """[N, R, 3]: sum, maximum and sum of squares over tokens of y^T M y, or of |y^T M|^2 if `lengths`.
-
-    y is a row of (X - mean) scale; M [N, R, D, D], R a multiple of the heads of X, each of which has R / H of them.
+    Args:
+        kernel: its name.
+        like: a tensor on its device, whose last axis is cut in tiles.
+        programs: first axis of the grid, windows times heads.
+        arguments: its arguments.
+        more: its constants but for the tiles, and `tiled=True` for a program per pair of tiles.
     """
-    dim, (tile, tiles) = x.shape[3], _tiles(x.shape[3])
-    heads = matrix.shape[1]
-    out = _new(x, len(rows), heads, 3)
-    _launch(
-        "forms_kernel",
-        (len(rows) * heads,),
-        x,
-        valid,
-        rows,
-        starts,
-        mean.contiguous(),
-        scale.contiguous(),
-        matrix.contiguous(),
-        out,
-        window,
-        heads,
-        heads // x.shape[1],
-        dim,
-        **_reading(x, valid, tile, tiles),
-        LENGTHS=lengths,
-    )
-    return out
+    from . import kernels
+
+    tile, tiles = tiles_of(like.shape[-1])
+    grid = (programs, tiles * tiles) if more.pop("tiled", False) else (programs,)
+    with torch.cuda.device(like.device if like.is_cuda else -1):
+        getattr(kernels, kernel)[grid](*arguments, **more, TILE=tile, TILES=tiles)
 
 
-@window_forms.register_fake
-def _(
+def on_tokens(
+    kernel: str,
     x: Tensor,
     valid: Tensor | None,
-    rows: Tensor,
-    starts: Tensor,
-    window: int,
-    mean: Tensor,
-    scale: Tensor,
-    matrix: Tensor,
-    lengths: bool,
-) -> Tensor:
-    return _new(x, rows.shape[0], matrix.shape[1], 3)
+    windows: Windows,
+    tensors: tuple[Tensor, ...],
+    *,
+    group: int | None = None,
+    block: int = BLOCK,
+    **more: Any,
+) -> None:
+    """Launch a kernel that reads tokens where they lie.
+
+    Args:
+        kernel: its name in `kernels`.
+        x: [B, H, L, D] in any strides.
+        valid: bool [B, L]; None if every token counts.
+        windows: where windows lie.
+        tensors: its arguments after the windows.
+        group: programs per head of x; None for one, with a kernel that has no groups.
+        block: tokens a program works on at a time.
+        more: its constants.
+    """
+    # Without a mask any tensor stands in for it, and is never read.
+    mask, mask_strides = (x, (0, 0)) if valid is None else (valid.view(torch.uint8), valid.stride())
+    heads = x.shape[1] * (group or 1)
+    sizes = (windows.length, heads, *(() if group is None else (group,)), x.shape[3])
+    launch(
+        *(kernel, x, len(windows.rows) * heads),
+        *(x, mask, windows.rows, windows.starts, *tensors, *sizes, *x.stride(), *mask_strides),
+        **more,
+        MASKED=valid is not None,
+        BLOCK=block,
+    )

@@ -1,7 +1,7 @@
 "use strict";
 // The map of one run: layers x heads at one step.
 
-const LEFT = 48, TOP = 8, RIGHT = 132, BOTTOM = 44;
+const LEFT = 48, TOP = 12, RIGHT = 132, BOTTOM = 44;
 
 // Places of the cells for a width in pixels; square cells would leave large models no room.
 function gridOf(run, kind, width) {
@@ -59,11 +59,12 @@ function drawMap(canvas, run, view) {
   const words = getComputedStyle(canvas).color;
   drawAxes(pen, run, grid, kind, words);
   drawBar(pen, grid, { mode, scale, unit, words, colours });
-  for (const [row, column] of framed) frame(pen, grid, row, column, []);
-  if (chosen) frame(pen, grid, chosen[0], chosen[1], [3, 3]);
+  for (const [row, column] of framed) frame(pen, grid, row, column, 0, []);
+  // Around the frame of a head under alert, so that neither hides the other.
+  if (chosen) frame(pen, grid, chosen[0], chosen[1], 4, [3, 3]);
 }
 
-function frame(pen, grid, row, column, dashes) {
+function frame(pen, grid, row, column, outside, dashes) {
   const least = 7, x = grid.x(column), y = grid.y(row);
   const wide = Math.max(grid.x(column + 1) - x, least), high = Math.max(grid.y(row + 1) - y, least);
   const left = x - (wide - (grid.x(column + 1) - x)) / 2, top = y - (high - (grid.y(row + 1) - y)) / 2;
@@ -71,7 +72,7 @@ function frame(pen, grid, row, column, dashes) {
     pen.strokeStyle = colour;
     pen.lineWidth = thick;
     pen.setLineDash(dashed);
-    pen.strokeRect(left, top, wide, high);
+    pen.strokeRect(left - outside, top - outside, wide + 2 * outside, high + 2 * outside);
   }
   pen.setLineDash([]);
 }

@@ -164,7 +164,7 @@ def alerts(runs: list[Run]) -> Element:
                 id=name, class_="text",
             )
         )  # fmt: skip
-    head = ["run", "step", "since", "severity", "where", "statistic", "expected \u2192 value", "state", ""]
+    head = ["run", "step", "since", "severity", "where", "statistic", "expected or bound \u2192 value", "state", ""]
     parts = [table(head, rows, caption="Alerts"), *texts] if rows else [tag("p", "No alert was raised.")]
     if len(listed) > ALERTS_LISTED:
         parts.insert(0, tag("p", f"The newest {ALERTS_LISTED:,} of {len(listed):,} alerts are listed."))

@@ -86,7 +86,7 @@ class TensorBoardTracker:
     def panels(self, sections: Sequence[Section]) -> None:
         """Write the layout of the Custom Scalars page; TensorBoard shows the newest of a log."""
         self._writer.add_custom_scalars(
-            {section.title: {panel.title: _chart(panel) for panel in section.panels} for section in sections}
+            {section.title: {panel.title: _chart(panel) for panel in _as_shown(section)} for section in sections}
         )
         self._writer.flush()
 
@@ -111,6 +111,12 @@ class TensorBoardTracker:
             self._given.flush()
         if self._own:
             self._given.close()
+
+
+def _as_shown(section: Section) -> list[Panel]:
+    """Panels in the order to write them in: TensorBoard (2.21) shows a section's margin charts last first."""
+    bands = [panel for panel in section.panels if panel.shape == "band"]
+    return [*(panel for panel in section.panels if panel.shape != "band"), *reversed(bands)]
 
 
 def _chart(panel: Panel) -> list[Any]:
