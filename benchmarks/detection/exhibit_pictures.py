@@ -35,6 +35,7 @@ def draw(judged: Judged, shown: str) -> bytes:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from PIL import Image
 
     run, told = judged.run, judged.told
     at, alert = next(((at, one) for at, one in told if is_right(judged, one)), told[0] if told else (None, None))
@@ -65,11 +66,14 @@ def draw(judged: Judged, shown: str) -> bytes:
         if alert:
             axis.axvline(alert.step, color=TOLD, linewidth=1.6, label="alert")
         axis.set_xlabel("training step", fontsize=8)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(which="both", labelsize=7)
         axis.legend(fontsize=7, framealpha=0.85)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    small = io.BytesIO()
+    # A third of the size: the picture has few colours.
+    Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    return small.getvalue()
 
 
 def _heads(judged: Judged, alert: Alert | None, kind: str) -> list[HeadPlace]:

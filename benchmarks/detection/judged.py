@@ -33,9 +33,18 @@ class Judged:
 
 
 def judge(folder: Path, name: str) -> Judged:
-    """Read a run and judge it as users would have had it, with the default settings."""
+    """Read a run and judge it."""
     run = load(folder, name)
-    twin = load(folder, run.spec.parent).losses if run.spec.role == "fault" else None
+    return judge_run(run, load(folder, run.spec.parent).losses if run.spec.role == "fault" else None)
+
+
+def judge_run(run: Recorded, twin: NDArray[np.float64] | None) -> Judged:
+    """Judge a run as users would have had it, with the default settings.
+
+    Args:
+        run: the run.
+        twin: losses of the healthy run it was forked from; None for a healthy run.
+    """
     losses = run.by_sample(run.losses)
     judge = Judge(MonitorConfig(), run="out/incoherence")
     verdicts, told = [], []
