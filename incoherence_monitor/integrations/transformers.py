@@ -45,7 +45,7 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     goes under `<output_dir>/incoherence/`; baselines are saved with every checkpoint and taken up on resume.
 
     Examples:
-        Trainer(model=model, args=args, train_dataset=data, callbacks=[IncoherenceCallback()]).train()
+        `Trainer(model=model, args=args, train_dataset=data, callbacks=[IncoherenceCallback()]).train()`
     """
 
     def __init__(
