@@ -58,6 +58,14 @@ def test_a_fault_that_is_not_found_and_one_found_elsewhere():
     assert "about another head" in page
 
 
+def test_a_false_warning():
+    healthy = judge_run(recorded("healthy", growth=0.15, right=[]), None)
+    page = "\n".join(gallery.text_of(healthy, None, "false_warning.png"))
+    assert "## A false warning\n" in page
+    assert "A healthy run." in page
+    assert "1 alert in 80 samples, and it is false." in page
+
+
 @pytest.mark.parametrize("growth", [0.0, 0.15])
 def test_pictures_are_small(growth):
     pytest.importorskip("matplotlib")

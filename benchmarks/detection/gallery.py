@@ -4,7 +4,7 @@
 
 judges recorded runs again and writes `docs/gallery.md` with its pictures. What is shown is listed here; whether it was
 found, how soon and with which words comes from judging. Faults that are not found are shown too, and so is the first
-false warning of a healthy run that there is.
+false warning of a healthy run that there is, or else after a harmless event.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from incoherence_monitor import Alert
 from incoherence_monitor.records import head_label
 
+from .events import BY_NAME as EVENTS_BY_NAME
 from .exhibit_pictures import draw
 from .faults import BY_NAME
 from .judged import Judged, first_false_warning, is_right, judge
@@ -89,11 +90,13 @@ def text_of(judged: Judged, exhibit: Exhibit | None, picture: str) -> list[str]:
     run, spec = judged.run, judged.run.spec
     kind = KINDS[spec.model]
     model = f"`{spec.model}` ({kind.layers} layers, {kind.query_heads} query and {kind.key_heads} key heads)"
-    title = exhibit.title if exhibit else "A false warning in a healthy run"
+    title = exhibit.title if exhibit else "A false warning"
     seen = any(is_right(judged, alert) for _, alert in judged.told)
     lines = ["", f"## {title}{'' if seen or exhibit is None else ': not found'}", ""]
     if exhibit is None:
-        lines += [f"Nothing was done to this run. {model}, {spec.split} part, `{spec.name}`."]
+        harmless = EVENTS_BY_NAME[spec.what].doc if spec.role == "event" else ""
+        done = f"Nothing is broken here; from step {spec.start}: {harmless}." if harmless else "A healthy run."
+        lines += [f"{done} {model}, {spec.split} part, `{spec.name}`."]
     else:
         fault = BY_NAME[spec.what]
         layer, head = spec.heads[0]
@@ -124,7 +127,8 @@ def _verdict(judged: Judged, exhibit: Exhibit | None) -> str:
         return f"nothing, in {len(judged.run.steps) - judged.run.onset} samples."
     count = f"{len(told)} {'alert' if len(told) == 1 else 'alerts'}"
     if exhibit is None:
-        return f"{count} in {len(judged.run.steps)} samples, {'each' if len(told) > 1 else 'and it is'} false."
+        samples = len(judged.run.steps) - judged.run.onset
+        return f"{count} in {samples} samples, {'each' if len(told) > 1 else 'and it is'} false."
     right = [at for at, alert in told if is_right(judged, alert)]
     if not right:
         return f"{count}, none of them about what was broken."
@@ -164,7 +168,11 @@ def write(folder: Path, docs: Path) -> None:
         (docs / "gallery" / picture).write_bytes(draw(judged, exhibit.shown if exhibit else "key_norm"))
         lines += text_of(judged, exhibit, picture)
     if false is None:
-        lines += ["", "No healthy run of these had a false warning."]
+        lines += [
+            "",
+            "Nothing was told of any healthy run or harmless event of these, on some of which thresholds were fitted; "
+            "how often it happens on others is among the figures.",
+        ]
     (docs / "gallery.md").write_text("\n".join(lines) + "\n")
 
 

@@ -57,9 +57,12 @@ def judge_run(run: Recorded, twin: NDArray[np.float64] | None) -> Judged:
 
 
 def first_false_warning(folder: Path) -> Judged | None:
-    """The first healthy run, by name, held-out ones first, in which something was told."""
-    healthy = [spec for spec in done_runs(folder) if spec.role == "healthy"]
-    for spec in sorted(healthy, key=lambda spec: (spec.split != "held-out", spec.name)):
+    """The first run in which nothing is broken and something was told.
+
+    Healthy runs come before harmless events, held-out ones before others, then by name.
+    """
+    sound = [spec for spec in done_runs(folder) if spec.role in ("healthy", "event")]
+    for spec in sorted(sound, key=lambda spec: (spec.role != "healthy", spec.split != "held-out", spec.name)):
         judged = judge(folder, spec.name)
         if judged.told:
             return judged
