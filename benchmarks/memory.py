@@ -120,6 +120,7 @@ def measure(shape: str, device: str, only: list[str], *, whole: bool = True) -> 
             if process is not None and plain_process is not None:
                 row["extra of the process, MB"] = (process - plain_process) / MB
         rows.append(row)
+        print(row, file=sys.stderr, flush=True)
     return rows
 
 
@@ -142,14 +143,15 @@ def main() -> None:
         kind, shape, name = given.child
         print(json.dumps((tensors if kind == "tensors" else resident)(shape, given.device, name)))
         return
-    results = {name: measure(name, given.device, given.only, whole=not given.tensors_only) for name in given.shape}
-    lines = []
-    for name, rows in results.items():
+    results: dict[str, list[dict[str, Any]]] = {}
+    lines: list[str] = []
+    for name in given.shape:
+        rows = results[name] = measure(name, given.device, given.only, whole=not given.tensors_only)
         lines += [f"## {name}", "", f"{SHAPES[name].words()}; every step sampled.", "", *results_file.table(rows), ""]
-    text = results_file.write(
-        given.out, "memory", title="Peak memory with and without", lines=lines, content={"results": results},
-        device=given.device, packages=PACKAGES,
-    )  # fmt: skip
+        text = results_file.write(
+            given.out, "memory", title="Peak memory with and without", lines=lines, content={"results": results},
+            device=given.device, packages=PACKAGES,
+        )  # fmt: skip
     print(text)
 
 

@@ -166,7 +166,12 @@ class AlertBook:
             inside = inside & (self.layout.stream_key_head == head)
         elif kind == "query":
             inside = inside & self.layout.stream_of_query & (self.layout.stream_head == head)
-        return inside & verdict.restless
+        restless = verdict.restless
+        if kind == "layer":
+            restless = restless.copy()
+            for position, part in enumerate(self.layout.slices.values()):
+                restless[part] |= verdict.layer_restless[position, at]
+        return inside & restless
 
     def _within(self, place: Place, episode: Episode, streams: BoolArray) -> bool:
         """Whether all that an episode was told for lies in some streams."""
@@ -219,6 +224,7 @@ class AlertBook:
         events = []
         for place, episode in list(self.episodes.items()):
             seen = place in found_places or (bool(whole) if place == MODEL else place in restless)
+            seen |= place[0] == "layer" and bool(verdict.layer_restless[:, place[1]].any())
             episode.age += seen or place in with_data
             if seen:
                 episode.calm, episode.confirmed = 0, True

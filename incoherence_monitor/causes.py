@@ -113,6 +113,10 @@ def pattern(layout: Layout, verdict: Verdict, place: Place) -> dict[str, int]:
             mean = float(sign[part][own].mean())
             if abs(mean) >= 0.5:
                 moved[row.name] = 1 if mean > 0 else -1
+    if kind == "layer":
+        for position, row in enumerate(layout.rows):
+            if verdict.layer_restless[position, at]:
+                moved[row.name] = int(np.sign(np.nan_to_num(verdict.layer_deviation[position, at])))
     return moved
 
 

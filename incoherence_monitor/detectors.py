@@ -1,10 +1,11 @@
 """The detector: which streams have left their own past, compared with what all heads do together.
 
-From one sample of log statistics [S] to a `Verdict`. Two adaptive rules (DETECTION.md, "A detector that works", and
+From one sample of log statistics [S] to a `Verdict`. Three adaptive rules (DETECTION.md, "A detector that works", and
 docs/detection.md for what was tried):
 
 - **cohort-relative**: a head's departure from its baseline less the median departure of its cohort, in units of both
   scales together. It takes out what all heads do at once: learning rate, data, early training.
+- **layer-wise**: what the heads of a layer do together (layerwise.py).
 - **model-wide**: the median over heads of each head's departure from its own baseline.
 
 Departures add up to **evidence**, a running mean over the last few samples. A family is one statistic of one cohort;
@@ -16,7 +17,7 @@ A rule judges a stream only once the baseline has earned it: it must hold enough
 must have been about as good as its scale claims. Early in training, statistics bend faster than any line; a baseline
 that is armed by count alone then cries wolf, and one that is armed by its record waits until the bend is over.
 
-Layer 2: imports baseline and vectors (the sideways edges), config and records.
+Layer 2: imports baseline, layerwise and vectors (the sideways edges), config and records.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import numpy as np
 
 from .baseline import ARMED_FROM, MAD_TO_SIGMA, Baseline, Prediction
 from .config import MonitorConfig
+from .layerwise import Layerwise
 from .records import BoolArray, FloatArray, IntArray, Layout, Verdict
 from .vectors import EXCURSION_FROM, Evidence, Levels, Trust, Vectors
 
@@ -39,6 +41,11 @@ TAIL_START, TAIL_RATE = 0.1, 0.46
 """The largest evidence of a family of n streams passes start + rate * log(N) / q(n) times its usual value once in N
 samples of a healthy run, q being the normal quantile: the maximum of many varies less, in proportion, than of few.
 Heads reorganise in healthy runs too, so the tail is that of an exponential, not of noise (docs/detection.md)."""
+HEAVY_TAILED = {"query_participation_rank": 2.2}
+"""Statistics whose largest evidence passes its usual value by this much more: the queries of a head turn to another
+number of directions within a few samples, in healthy runs, far beyond what any other statistic does."""
+LAYER_TAIL_START, LAYER_TAIL_RATE = 0.1, 0.38
+"""As for heads, for the layers of a family."""
 MODEL_TAIL_START, MODEL_TAIL_RATE = 1.2, 0.1
 """The same for the median over all heads, in plain deviations."""
 PRIOR_LEVEL = 0.6
@@ -50,6 +57,11 @@ LEARNED_BELOW = 5.0
 def normal_threshold(tests_per_false_alarm: float) -> float:
     """Two-sided threshold that normal noise crosses once in so many tests, in standard deviations."""
     return NormalDist().inv_cdf(1 - 0.5 / max(tests_per_false_alarm, 2.0))
+
+
+def _quantiles(sizes: list[int]) -> FloatArray:
+    """Normal quantile of the largest of so many, for each size."""
+    return np.array([normal_threshold(max(2, size)) for size in sizes])
 
 
 class DriftDetector:
@@ -71,6 +83,7 @@ class DriftDetector:
         self._forecast: tuple[int, Prediction] | None = None
         self._arrange(layout)
         self.levels = Levels(self._prior)
+        self.layerwise = Layerwise(layout, self._families, self._layer_prior)
 
     def _arrange(self, layout: Layout) -> None:
         self.layout = layout
@@ -88,15 +101,21 @@ class DriftDetector:
         names = np.array([f"{layer.cohort}/{layer.head_dim}" for layer in layout.layers], dtype=object)
         cohort = names[layout.stream_layer] if layout.layers else np.array([], dtype=object)
         self._families: list[IntArray] = []
+        heavy = list[float]()
         for name in alerting:
             part = layout.slices[name]
             inside = np.arange(part.start, part.stop)
             inside = inside[self.judged[inside]]
-            self._families += [inside[cohort[inside] == label] for label in sorted(set(cohort[inside]))]
-        quantile = np.array([normal_threshold(max(2, len(members))) for members in self._families])
-        self._prior = PRIOR_LEVEL * quantile
+            members = [inside[cohort[inside] == label] for label in sorted(set(cohort[inside]))]
+            self._families += members
+            heavy += [HEAVY_TAILED.get(name, 1.0)] * len(members)
+        quantile = _quantiles([len(members) for members in self._families])
+        layers = _quantiles([len(np.unique(layout.stream_layer[members])) for members in self._families])
+        self._prior, self._layer_prior = PRIOR_LEVEL * quantile, PRIOR_LEVEL * layers
         every = self.config.false_alarm_every
-        self._tail = TAIL_START + TAIL_RATE * np.log(every * max(1, len(quantile))) / quantile
+        rare = np.log(every * max(1, len(quantile)))
+        self._tail = np.array(heavy) * (TAIL_START + TAIL_RATE * rare / quantile)
+        self._layer_tail = np.array(heavy) * (LAYER_TAIL_START + LAYER_TAIL_RATE * rare / layers)
         self.model_threshold = MODEL_TAIL_START + MODEL_TAIL_RATE * float(np.log(every))
 
     @property
@@ -139,13 +158,18 @@ class DriftDetector:
         beyond = size > threshold
         self.levels.update(self._largest(evidence))
 
+        layer_deviation = self.layerwise.deviations(deviation)
+        layer_evidence, layer_threshold = self.layerwise.judge(layer_deviation, step, tail=self._layer_tail)
+        layer_size = np.nan_to_num(np.abs(layer_evidence))
+        layer_beyond = layer_size > layer_threshold
+
         model_deviation = self._of_the_model(own)
         model_deviation[~self.model_trust.update(model_deviation, self._mostly(enough))] = np.nan
         model_evidence = self.model_evidence.update(model_deviation, step, threshold=self.model_threshold)
         model_size = np.nan_to_num(np.abs(model_evidence))
         model_beyond = model_size > self.model_threshold
 
-        flagged = beyond | (np.nan_to_num(np.abs(deviation)) > LEARNED_BELOW)
+        flagged = beyond | self.layerwise.of_streams(layer_beyond) | (np.nan_to_num(np.abs(deviation)) > LEARNED_BELOW)
         for part, moved in zip(self.layout.slices.values(), model_beyond, strict=True):
             flagged[part] |= moved
         self.baseline.push(log_values, tick, self.judged & known & ~flagged)
@@ -162,6 +186,11 @@ class DriftDetector:
             since=self.evidence.since,
             armed=armed,
             armed_share=float(armed[heard].mean()) if heard.any() else 0.0,
+            layer_deviation=self.layerwise.by_layer(layer_deviation),
+            layer_evidence=self.layerwise.by_layer(layer_evidence / layer_threshold),
+            layer_alarm=self.layerwise.by_layer(layer_beyond & still_departs(layer_deviation, layer_evidence)),
+            layer_restless=self.layerwise.by_layer(layer_size > layer_threshold / 2),
+            layer_since=self.layerwise.by_layer(self.layerwise.evidence.since),
             model_deviation=model_deviation,
             model_evidence=model_evidence / self.model_threshold,
             model_alarm=model_beyond & still_departs(model_deviation, model_evidence),
@@ -214,6 +243,7 @@ class DriftDetector:
         self.baseline.forget(streams)
         self.trust.reset(streams, Trust(self.layout.size))
         self.evidence.reset(streams, Evidence(self.layout.size))
+        self.layerwise.relearn(streams)
         parts = self.layout.slices.values()
         whole = np.array([streams[part].any() and bool(streams[part][self.judged[part]].all()) for part in parts])
         self.model_evidence.reset(whole, Evidence(len(self.layout.statistics)))
@@ -228,10 +258,11 @@ class DriftDetector:
         self.trust.remap(positions, Trust(layout.size))
         self._forecast = None
         self._arrange(layout)
+        self.layerwise.grow(layout, self._families, positions, self._layer_prior)
         if len(self._prior) != len(self.levels.level):
             self.levels = Levels(self._prior)
 
-    def _parts(self) -> dict[str, Baseline | Vectors]:
+    def _parts(self) -> dict[str, Vectors | Layerwise]:
         return {
             "baseline": self.baseline,
             "evidence": self.evidence,
@@ -239,6 +270,7 @@ class DriftDetector:
             "trust": self.trust,
             "model_trust": self.model_trust,
             "levels": self.levels,
+            "layerwise": self.layerwise,
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def find(
         if row.name == _NON_FINITE_SHOWN_AS[row.kind]:
             add(at, "non_finite", float("nan"), float("inf"), step)
 
-    result = list(best.values())
+    result = [*best.values(), *_layers(layout, values, verdict)]
     moved = np.flatnonzero(verdict.model_alarm)
     if len(moved):
         at = int(moved[np.argmax(np.abs(verdict.model_deviation[moved]))])
@@ -131,6 +131,21 @@ def find(
                 int(verdict.model_since[at]),
             )
         )
+    return result
+
+
+def _layers(layout: Layout, values: FloatArray, verdict: Verdict) -> list[Finding]:
+    """Layers whose heads drift together, each by the statistic that is furthest beyond its threshold."""
+    result = []
+    for at in map(int, np.flatnonzero(verdict.layer_alarm.any(axis=0))):
+        position = int(np.argmax(np.where(verdict.layer_alarm[:, at], np.abs(verdict.layer_evidence[:, at]), -1.0)))
+        row, deviation = layout.rows[position], float(verdict.layer_deviation[position, at])
+        part = layout.slices[row.name]
+        moved = (layout.stream_layer[part] == at) & (np.nan_to_num(verdict.deviation[part]) * deviation > 0)
+        value, baseline = (float(np.median(one[part][moved])) for one in (values, verdict.expected))
+        heads = tuple((row.kind, at, int(head)) for head in layout.stream_head[part][moved])
+        since = int(verdict.layer_since[position, at])
+        result.append(Finding(("layer", at, -1), "drift", row.name, value, baseline, deviation, since, heads))
     return result
 
 
@@ -167,7 +182,7 @@ def _nearly_there(layout: Layout, verdict: Verdict) -> BoolArray:
 
 
 def without(verdict: Verdict, muted: BoolArray, layout: Layout) -> Verdict:
-    """A verdict without the alarms of muted streams, nor those of a whole statistic that is muted.
+    """A verdict without the alarms of muted streams, nor those of a statistic muted in a whole layer or the model.
 
     Args:
         verdict: the detector's.
@@ -175,7 +190,14 @@ def without(verdict: Verdict, muted: BoolArray, layout: Layout) -> Verdict:
         layout: the streams.
     """
     whole = np.array([muted[part].any() and muted[part].all() for part in layout.slices.values()])
-    return replace(verdict, alarm=verdict.alarm & ~muted, model_alarm=verdict.model_alarm & ~whole)
+    cells = [
+        [muted[part][layout.stream_layer[part] == at].all() for at in range(len(layout.layers))]
+        for part in layout.slices.values()
+    ]
+    return replace(
+        verdict, alarm=verdict.alarm & ~muted, layer_alarm=verdict.layer_alarm & ~np.array(cells, dtype=bool),
+        model_alarm=verdict.model_alarm & ~whole,
+    )  # fmt: skip
 
 
 def group(layout: Layout, findings: Iterable[Finding], verdict: Verdict | None = None) -> list[Finding]:
@@ -208,6 +230,7 @@ def group(layout: Layout, findings: Iterable[Finding], verdict: Verdict | None =
 
 
 def _by_layer(layout: Layout, heads: list[Finding], verdict: Verdict | None) -> list[Finding]:
+    layers = {found.place: found for found in heads if found.place[0] == "layer"}
     result: list[Finding] = []
     kinds: tuple[HeadKind, ...] = ("key", "query")
     for kind in kinds:
@@ -219,10 +242,11 @@ def _by_layer(layout: Layout, heads: list[Finding], verdict: Verdict | None) -> 
                 places |= dict.fromkeys(_on_their_way(layout, max(inside, key=_weight), verdict))
                 share = WIDE_LAYER_SHARE if layer.heads(kind) >= WIDE_LAYER else LAYER_SHARE
             if len(places) >= max(LAYER_LEAST, share * layer.heads(kind)):
-                result.append(replace(max(inside, key=_weight), place=("layer", at, -1), heads=tuple(sorted(places))))
+                whole = replace(max(inside, key=_weight), place=("layer", at, -1), heads=tuple(sorted(places)))
+                layers[whole.place] = max(layers.get(whole.place, whole), whole, key=_weight)
             else:
                 result += inside
-    return result
+    return [*result, *layers.values()]
 
 
 def _on_their_way(layout: Layout, found: Finding, verdict: Verdict) -> list[Place]:

@@ -115,8 +115,10 @@ def drifting_table(judged: JudgedSample, places: Iterable[HeadPlace]) -> Table:
         rule may have little.
     """
     verdict, layout = judged.verdict, judged.layout
+    found = list(places)
     rows: list[tuple[str | float, ...]] = []
-    for kind, at, head in places:
+    for position in np.argsort(-_evidence(judged, found), kind="stable")[:HEADS_LISTED]:
+        kind, at, head = found[position]
         streams = _streams(layout, (kind, at, head))
         size = {name: abs(np.nan_to_num(verdict.evidence[stream])) for name, stream in streams.items()}
         name = max(size, key=lambda each: size[each])
@@ -128,9 +130,22 @@ def drifting_table(judged: JudgedSample, places: Iterable[HeadPlace]) -> Table:
                 float(verdict.expected[stream]), float(verdict.evidence[stream]), since if since >= 0 else judged.step,
             )
         )  # fmt: skip
-    rows.sort(key=lambda row: -abs(np.nan_to_num(float(row[5]))))
     columns = ("head", "layer", "statistic", "value", "expected", "evidence", "since step")
-    return Table(columns, tuple(rows[:HEADS_LISTED]), len(rows))
+    return Table(columns, tuple(rows), len(found))
+
+
+def _evidence(judged: JudgedSample, places: Sequence[HeadPlace]) -> FloatArray:
+    """Largest evidence against each head, in units of its threshold; at once, as in a storm there are thousands."""
+    layout, largest = judged.layout, np.zeros(len(places))
+    size = np.nan_to_num(np.abs(judged.verdict.evidence))
+    for kind in ("key", "query"):
+        own = np.array([position for position, place in enumerate(places) if place[0] == kind], dtype=np.int64)
+        starts = np.cumsum([0, *(layer.key_heads if kind == "key" else layer.query_heads for layer in layout.layers)])
+        offsets = np.array([starts[places[position][1]] + places[position][2] for position in own], dtype=np.int64)
+        for row in layout.rows:
+            if row.kind == kind:
+                largest[own] = np.maximum(largest[own], size[layout.slices[row.name].start + offsets])
+    return largest
 
 
 def _streams(layout: Layout, place: HeadPlace) -> dict[str, int]:

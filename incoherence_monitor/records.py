@@ -273,7 +273,7 @@ class RecordedSample:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the detector makes of one sample; arrays over streams [S] or statistics [M].
+    """What the detector makes of one sample; arrays over streams [S], statistics [M] and layers [L].
 
     Attributes:
         expected: [S] the baseline's prediction, in the statistic's unit; NaN where there is none yet.
@@ -285,6 +285,11 @@ class Verdict:
         since: [S] step at which the present excursion began; -1 where there is none.
         armed: [S] the baseline has earned judgement.
         armed_share: share of the judged streams that have had values which are armed.
+        layer_deviation: [M, L] what the heads of a layer do together, in the same units; NaN where not judged.
+        layer_evidence: [M, L] as `evidence`, for a layer.
+        layer_alarm: [M, L] as `alarm`, for a layer.
+        layer_restless: [M, L] as `restless`.
+        layer_since: [M, L] as `since`.
         model_deviation: [M] median over heads of each head's deviation from its own history; NaN where not judged.
         model_evidence: [M] as `evidence`, for the whole model.
         model_alarm: [M] as `alarm`, for the whole model.
@@ -301,6 +306,11 @@ class Verdict:
     since: IntArray
     armed: BoolArray
     armed_share: float
+    layer_deviation: FloatArray
+    layer_evidence: FloatArray
+    layer_alarm: BoolArray
+    layer_restless: BoolArray
+    layer_since: IntArray
     model_deviation: FloatArray
     model_evidence: FloatArray
     model_alarm: BoolArray

@@ -64,8 +64,8 @@ class Steering:
     def record_loss(self, loss: Tensor | float) -> None:
         """Tell the loss, in or after `with monitor.step`, so that alerts can say whether it moved.
 
-        The mean of what is told between two samples counts, in a distributed run over all ranks that tell one. A
-        tensor is read from its device only when a sample is judged.
+        A sample has the mean of what was told since the one before, its own step included; in a distributed run over
+        all ranks that tell one. A tensor is copied and comes to the host with the sample, so that nothing waits.
 
         Args:
             loss: one number, or a tensor of one.

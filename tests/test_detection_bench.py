@@ -13,7 +13,7 @@ pytest.importorskip("benchmarks.detection", reason="benchmarks are not part of t
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from benchmarks.detection import data, faults, models, plan, runs, signals, training
+from benchmarks.detection import data, faults, models, plan, rounds, runs, signals, training
 from incoherence_monitor import History
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,10 +141,11 @@ def test_the_plan_is_deterministic_and_keeps_tune_and_held_out_apart():
     by_name = {run.name: run for run in runs_of}
     for run in runs_of:
         assert not run.parent or by_name[run.parent].split == run.split
-        assert (run.seed >= 1000) == (run.split == "held-out")
+        assert (run.seed >= 2000) == (run.split == "held-out") == (rounds.split_of(run.seed) == "held-out")
         if run.role == "fault":
             fault = faults.BY_NAME[run.what]
-            assert run.split == "held-out" or fault.split == "tune"
+            assert run.split == "held-out" or fault.declared != "third"
+            assert run.seed >= 1000 or fault.declared == "first"
             assert run.model in fault.models
             assert run.severity in fault.severities
             assert run.start in by_name[run.parent].snapshots
@@ -219,7 +220,7 @@ def test_from_runs_to_the_report(tmp_path, monkeypatch):
     from benchmarks.detection import pool, report
 
     specs = []
-    for split, seed in (("tune", 0), ("held-out", 1000)):
+    for split, seed in (("tune", 0), ("held-out", 2000)):
         parent = plan.RunSpec(
             f"healthy-learned-{seed}", "healthy", "learned", seed, 1e-3, split, steps=240, snapshots=(200,)
         )

@@ -15,7 +15,19 @@ PACKAGE = Path(incoherence_monitor.__file__).parent
 LAYERS = [
     {"errors", "reporting", "coverage", "transfer"},
     {"ops"},
-    {"stats", "config", "probe", "records", "messages", "vectors", "baseline", "detectors", "findings", "alerts"}
+    {
+        "stats",
+        "config",
+        "probe",
+        "records",
+        "messages",
+        "vectors",
+        "baseline",
+        "layerwise",
+        "detectors",
+        "findings",
+        "alerts",
+    }
     | {"commands", "causes", "episodes", "loss"},
     {"aside", "windows", "shares", "capture", "sums", "keeping", "sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "attempts", "history", "notebook", "judge", "figures", "field", "inbox"},
@@ -29,7 +41,8 @@ SIDEWAYS = {
     "messages": {"records", "stats"},
     "vectors": {"records"},
     "baseline": {"records", "vectors"},
-    "detectors": {"baseline", "config", "records", "vectors"},
+    "layerwise": {"records", "vectors"},
+    "detectors": {"baseline", "config", "layerwise", "records", "vectors"},
     "findings": {"records", "stats"},
     "commands": {"config", "records", "stats"},
     "causes": {"findings", "records", "stats"},

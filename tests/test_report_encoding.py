@@ -52,6 +52,7 @@ def test_a_step_is_half_of_the_noise_and_no_more_than_the_range_asks_for():
     generator = np.random.default_rng(0)
     noisy = np.exp(0.05 * generator.standard_normal((2000, 3))).astype(np.float32)
     assert pack(noisy).error == pytest.approx(0.05 / 4, rel=0.15)
+    assert pack(noisy, noise_steps=8).error == pytest.approx(0.05 / 16, rel=0.15)
     smooth = np.exp(np.linspace(0, 5, 2000))[:, None].astype(np.float32)
     assert pack(smooth).error == pytest.approx(np.expm1(5 / LARGEST_CODE / 2), rel=0.01)
     assert pack(np.ones((50, 2), np.float32)).error == pytest.approx(FINEST / 2, rel=0.01)

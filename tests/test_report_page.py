@@ -175,6 +175,27 @@ def test_alerts_link_to_their_text_and_their_head_and_are_marked_in_the_curves(b
     assert browser.get_log("browser") == []
 
 
+def test_values_between_gaps_are_dots_and_losses_told_now_and_then_a_line(browser, tmp_path):
+    layout = Layout((LayerInfo("first", 0, 2, 2, 16),))
+    writer = HistoryWriter(tmp_path / "run", {})
+    for step in range(9):
+        values = np.full(layout.size, np.nan if step % 2 else 1.5, np.float32)
+        writer.append(RecordedSample(step, layout, values, step, loss=float("nan") if step % 4 else 8.0 - step))
+    writer.close()
+    made_up(tmp_path / "longer", 20, layout=layout)
+    show(browser, [tmp_path / "run", tmp_path / "longer"], tmp_path / "page.html")
+    browser.execute_script("choose(0, 'key', 0, 0)")
+    wait(browser, "return document.querySelector('#curves h3').textContent.endsWith('run run')")
+    own = browser.execute_script("return [...document.querySelectorAll('.line.own')].map((e) => e.getAttribute('d'))")
+    assert [path.count("M") for path in own] == [5] * (len(own) - 1) + [1]
+    assert own[-1].count("L") == 2
+    # The run that has ended is read at its own last step.
+    told = browser.find_element("css selector", ".chart .readout").text
+    assert told.startswith("step 8: run 1.5; longer ")
+    assert "(step 19)" in told
+    assert browser.get_log("browser") == []
+
+
 @pytest.mark.parametrize(("layers", "heads", "samples"), [(1, 1, 1), (4, 4, 5), (30, 9, 5), (128, 128, 2)])
 @pytest.mark.parametrize("width", [500, 1400])
 def test_nothing_overlaps_from_1_x_1_to_128_x_128(browser, tmp_path, layers, heads, samples, width):

@@ -79,8 +79,11 @@ return titles;
 
 
 def wait_for(driver, address, words, images=0):
-    driver.get(address)
-    for _ in range(60):
+    for attempt in range(180):
+        if attempt % 60 == 0:
+            # A page shows what the server had read when it was opened.
+            driver.get("about:blank")
+            driver.get(address)
         text, found = driver.execute_script(INSIDE_SHADOWS)
         if all(word in text for word in words) and len(found) >= images:
             break

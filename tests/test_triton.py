@@ -28,6 +28,8 @@ def python(*arguments, **environment):
     )
 
 
+# Half a minute on a machine that has nothing else to do.
+@pytest.mark.timeout(1800)
 def test_kernels_under_the_interpreter():
     pytest.importorskip("triton")
     ran = python("-m", "pytest", "-q", "-rfE", "tests/interpreted_kernels.py", TRITON_INTERPRET="1")

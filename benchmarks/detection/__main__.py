@@ -16,7 +16,7 @@ def main() -> int:
     parser.add_argument("command", choices=("plan", "run", "report"))
     parser.add_argument("--folder", type=Path, default=Path("build/detection"))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", default="", help="part of the names of the runs to make")
+    parser.add_argument("--only", default="", help="regular expression found in the names of the runs to make")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results")
     given = parser.parse_args()
     if given.command == "plan":

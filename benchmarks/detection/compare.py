@@ -76,16 +76,21 @@ class Replay:
         judged = self._judge.judge(sums, step=at)
         verdict = judged.verdict
         heads = _where_it_lasts(verdict.evidence, verdict.deviation)
+        layers = _where_it_lasts(verdict.layer_evidence, verdict.layer_deviation)
         model = _where_it_lasts(verdict.model_evidence, verdict.model_deviation)
-        best, best_model = (float(np.nanmax(part)) if np.isfinite(part).any() else -math.inf for part in (heads, model))
+        best, best_layer, best_model = (
+            float(np.nanmax(part)) if np.isfinite(part).any() else -math.inf for part in (heads, layers, model)
+        )
         place: Place | None = None
-        if best >= best_model and best > -math.inf:
+        if best >= max(best_layer, best_model) and best > -math.inf:
             stream = int(np.nanargmax(heads))
             layer, head = self._layout.stream_layer[stream], self._layout.stream_head[stream]
             place = (self._kinds[stream], int(layer), int(head))
+        elif best_layer >= best_model and best_layer > -math.inf:
+            place = ("layer", int(np.nanargmax(layers)) % layers.shape[1], -1)
         elif best_model > -math.inf:
             place = ("model", -1, -1)
-        self.score.append(max(best, best_model) if place is not None else math.nan)
+        self.score.append(max(best, best_layer, best_model) if place is not None else math.nan)
         self.places.append(place)
         self.alerts.append(tuple(judged.alerts))
 
@@ -254,7 +259,7 @@ class Scored:
         spec: the run.
         truth: what is broken in it.
         losses: [n] mean loss of every sample.
-        series: by signal; of healthy runs also "alerts@N", the alerts at every `false_alarm_every` of `NOMINAL`.
+        series: by signal; of held-out healthy runs also "alerts@N", alerts at each `false_alarm_every` of `NOMINAL`.
     """
 
     spec: RunSpec
@@ -274,7 +279,7 @@ def score_run(folder: Path, name: str, past: Past) -> Scored:
     run = load(folder, name)
     series = ours(run, past)
     series |= {key: one.score(run, past) for key, one in signals(run.layout).items() if one.score is not None}
-    if run.spec.role == "healthy":
+    if run.spec.role == "healthy" and run.spec.split == "held-out":
         series |= {f"alerts@{every:g}": ours(run, {}, every=every)["alerts"] for every in NOMINAL}
     return Scored(run.spec, run.truth, run.by_sample(run.losses), series)
 

@@ -182,7 +182,7 @@ def evaluate(scored: Sequence[Scored], signals: dict[str, Signal]) -> dict[str, 
     parts = {name: faults for name, faults in groups.items() if faults}
     one_head = groups["one head"]
     finer = {
-        "one head, kinds never looked at": [one for one in one_head if BY_NAME[one.spec.what].split == "held-out"],
+        "one head, kinds never looked at": [one for one in one_head if BY_NAME[one.spec.what].declared == "third"],
         "one head, plain": [one for one in one_head if one.spec.severity not in BY_NAME[one.spec.what].subtle],
         "one head, subtle": [one for one in one_head if one.spec.severity in BY_NAME[one.spec.what].subtle],
         **{
@@ -196,7 +196,6 @@ def evaluate(scored: Sequence[Scored], signals: dict[str, Signal]) -> dict[str, 
     return {
         "split": {
             name: {
-                "healthy": len(bench.healthy), "events": len(bench.events), "faults": len(bench.faults),
                 "seeds": sorted({one.spec.seed for one in bench.healthy}),
                 "models": sorted({one.spec.model for one in bench.healthy}),
             }

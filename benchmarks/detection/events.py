@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .rounds import Round
 from .training import FORK_STEP, LAST_SHARE, STEPS, WARMUP, Injector, Training, schedule
 
 FOLLOWED = 120
@@ -23,14 +24,14 @@ class Event:
     Attributes:
         name: its name.
         doc: what happens.
-        split: "tune" or "held-out" kind; all run on held-out seeds.
+        declared: the round that it was declared for (plan.py).
         make: builds the injector.
         resume_after: steps after which the monitor is stopped and resumed from its state; 0: never.
     """
 
     name: str
     doc: str
-    split: str
+    declared: Round
     make: Callable[[Training], Injector]
     resume_after: int = 0
 
@@ -46,6 +47,19 @@ class _Change(Injector):
 class _Rate(Injector):
     def __init__(self, factor: float) -> None:
         self.rate = factor
+
+
+class _Mixture(Injector):
+    """Every other batch is of another text."""
+
+    def __init__(self, training: Training) -> None:
+        self._training, self._texts = training, (training.kind.other_text, training.batches.text)
+
+    def start(self) -> None:
+        self._training.batches.text = self._texts[0]
+
+    def after_update(self, step: int) -> None:
+        self._training.batches.text = self._texts[(step - FORK_STEP + 1) % 2]
 
 
 class _Evaluation(Injector):
@@ -89,21 +103,33 @@ def _batch(size: int) -> Callable[[Training], Injector]:
     return make
 
 
-def _longer(training: Training) -> Injector:
-    return _Change(lambda: setattr(training.batches, "length", 256))
+def _length(tokens: int) -> Callable[[Training], Injector]:
+    return lambda training: _Change(lambda: setattr(training.batches, "length", tokens))
+
+
+def _decay(training: Training) -> Injector:
+    def change() -> None:
+        for group in training.optimizer.param_groups:
+            group["weight_decay"] *= 10
+
+    return _Change(change)
 
 
 EVENTS: tuple[Event, ...] = (
-    Event("new_data", "another text from here on", "tune", _new_data),
-    Event("rate_x0.3", "the learning rate steps to 0.3 of the schedule", "tune", lambda training: _Rate(0.3)),
-    Event("rate_x2", "the learning rate steps to twice the schedule", "held-out", lambda training: _Rate(2.0)),
-    Event("warm_restart", "warm-up to the peak and decay once more", "held-out", _warm_restart),
-    Event("batch_4", "batch size 8 becomes 4", "tune", _batch(4)),
-    Event("batch_16", "batch size 8 becomes 16", "held-out", _batch(16)),
-    Event("length_256", "sequences of 128 become 256 tokens, windows stay 128", "held-out", _longer),
-    Event("evaluation", "50 batches of evaluation between two steps", "tune", _Evaluation),
-    Event("resume", "the monitor is stopped and resumed from its state", "held-out", lambda training: Injector(),
+    Event("new_data", "another text from here on", "first", _new_data),
+    Event("rate_x0.3", "the learning rate steps to 0.3 of the schedule", "first", lambda training: _Rate(0.3)),
+    Event("rate_x2", "the learning rate steps to twice the schedule", "second", lambda training: _Rate(2.0)),
+    Event("warm_restart", "warm-up to the peak and decay once more", "second", _warm_restart),
+    Event("batch_4", "batch size 8 becomes 4", "first", _batch(4)),
+    Event("batch_16", "batch size 8 becomes 16", "second", _batch(16)),
+    Event("length_256", "sequences of 128 become 256 tokens, windows stay 128", "second", _length(256)),
+    Event("evaluation", "50 batches of evaluation between two steps", "first", _Evaluation),
+    Event("resume", "the monitor is stopped and resumed from its state", "second", lambda training: Injector(),
           resume_after=RESUME_AFTER),
+    Event("mixed_data", "every other batch is of another text from here on", "third", _Mixture),
+    Event("length_192", "sequences of 128 become 192 tokens, windows stay 128", "third", _length(192)),
+    Event("rate_x0.6", "the learning rate steps to 0.6 of the schedule", "third", lambda training: _Rate(0.6)),
+    Event("decay_x10", "the weight decay becomes ten times as large", "third", _decay),
 )  # fmt: skip
 
 BY_NAME: dict[str, Event] = {event.name: event for event in EVENTS}

@@ -13,28 +13,41 @@ from typing import Any, Literal
 from .events import EVENTS, FOLLOWED, Event
 from .faults import EARLY_STEP, FAULTS, FaultKind, Scope
 from .models import KINDS
+from .rounds import DECLARED, FIRST_SEED, SPLIT, Round, Split
 from .training import FORK_STEP, STEPS
 
-Split = Literal["tune", "held-out"]
 Role = Literal["base", "healthy", "fault", "event"]
 BASE_STEPS = 400
 FORKED = ("fault", "event")
 """Roles that begin from a snapshot of a healthy run."""
-HEALTHY: dict[Split, dict[str, int]] = {
-    "tune": {"learned": 7, "gqa": 4, "qknorm": 5, "sliding": 3, "large": 2, "lora": 3},
-    "held-out": {"learned": 10, "gqa": 6, "qknorm": 8, "sliding": 5, "large": 3, "lora": 4},
+HEALTHY: dict[Round, dict[str, int]] = {
+    "first": {"learned": 7, "gqa": 4, "qknorm": 5, "sliding": 3, "large": 2, "lora": 3},
+    "second": {"learned": 10, "gqa": 6, "qknorm": 8, "sliding": 5, "large": 3, "lora": 4},
+    "calibration": {"learned": 8, "gqa": 6, "qknorm": 6, "sliding": 5, "large": 2, "lora": 3},
+    "third": {"learned": 10, "gqa": 7, "qknorm": 8, "sliding": 6, "large": 4, "lora": 5},
 }
-FIRST_SEED: dict[Split, int] = {"tune": 0, "held-out": 1000}
-BASES: dict[Split, int] = {"tune": 1, "held-out": 2}
+BASES: dict[Round, tuple[int, ...]] = {
+    "first": (900,), "second": (1900, 1901), "calibration": (1900, 1901), "third": (2900, 2901),
+}  # fmt: skip
+"""Seeds of the models that "lora" adapts."""
+DRAWN_AS: dict[Round, str] = {
+    "first": "forks of tune", "second": "forks of held-out", "third": "forks of the third round"
+}  # fmt: skip
+"""What the draws of a round are seeded with; the first two as they were called when their runs were made."""
 SHARE: dict[str, float] = {"learned": 4, "gqa": 2.5, "qknorm": 3, "sliding": 2, "large": 1, "lora": 1.5}
 """How often faults fall to each kind of model: the cheap ones more often."""
-ONE_HEAD_REPEATS = {"plain": 3, "subtle": 2}
-"""Runs of every severity of a fault of one head, each on another kind of model."""
-KERNEL_REPEATS: dict[tuple[Split, Scope], int] = {
-    ("tune", "all"): 1, ("tune", "layer"): 1, ("held-out", "all"): 2, ("held-out", "layer"): 1,
+ONE_HEAD_REPEATS: dict[Round, dict[str, int]] = {
+    "first": {"plain": 3, "subtle": 2}, "second": {"plain": 3, "subtle": 2}, "third": {"plain": 1, "subtle": 1},
 }  # fmt: skip
-ORGANIC: dict[Split, int] = {"tune": 4, "held-out": 9}
-EVENT_REPEATS = 4
+"""Runs of every severity of a fault of one head, each on another kind of model."""
+NEW_ONE_HEAD_REPEATS = 2
+"""The same for plain severities of kinds that the third round declares."""
+KERNEL_REPEATS: dict[tuple[Round, Scope], int] = {
+    ("first", "all"): 1, ("first", "layer"): 1, ("second", "all"): 2, ("second", "layer"): 1,
+    ("third", "all"): 1, ("third", "layer"): 1,
+}  # fmt: skip
+ORGANIC: dict[Round, int] = {"first": 4, "second": 9, "third": 6}
+EVENT_REPEATS: dict[Round, int] = {"first": 4, "second": 4, "third": 2}
 
 
 @dataclass(frozen=True)
@@ -84,32 +97,31 @@ class RunSpec:
         return asdict(self)
 
 
-def _healthy() -> tuple[list[RunSpec], list[RunSpec]]:
-    bases, runs = [], []
-    for split, counts in HEALTHY.items():
-        for at in range(BASES[split]):
-            seed = FIRST_SEED[split] + 900 + at
-            bases.append(RunSpec(f"base-{seed}", "base", "lora", seed, 2e-3, split, steps=BASE_STEPS))
+def _healthy() -> tuple[list[RunSpec], dict[Round, list[RunSpec]]]:
+    bases, runs = dict[int, RunSpec](), dict[Round, list[RunSpec]]()
+    for number, counts in HEALTHY.items():
+        split, seeds = SPLIT[number], BASES[number]
+        for seed in seeds:
+            bases[seed] = RunSpec(f"base-{seed}", "base", "lora", seed, 2e-3, split, steps=BASE_STEPS)
+        runs[number] = []
         for model, count in counts.items():
             for at in range(count):
-                seed = FIRST_SEED[split] + at
+                seed = FIRST_SEED[number] + at
                 rate = KINDS[model].learning_rates[at % 3]
-                parent = f"base-{FIRST_SEED[split] + 900 + at % BASES[split]}" if model == "lora" else ""
+                parent = f"base-{seeds[at % len(seeds)]}" if model == "lora" else ""
                 name = f"healthy-{model}-{seed:04d}"
-                runs.append(
-                    RunSpec(name, "healthy", model, seed, rate, split, parent, snapshots=(EARLY_STEP, FORK_STEP))
-                )
-    return bases, runs
+                # Nothing is forked off the runs that are for calibration alone.
+                snapshots = () if number == "calibration" else (EARLY_STEP, FORK_STEP)
+                runs[number].append(RunSpec(name, "healthy", model, seed, rate, split, parent, snapshots=snapshots))
+    return list(bases.values()), runs
 
 
 class _Forks:
     """Hands out models, healthy runs and heads evenly, by a generator of its own."""
 
-    def __init__(self, healthy: list[RunSpec], split: Split) -> None:
-        self._random = random.Random(f"forks of {split}")
-        self._parents = {
-            model: [run for run in healthy if run.model == model and run.split == split] for model in KINDS
-        }
+    def __init__(self, healthy: list[RunSpec], number: Round) -> None:
+        self._random = random.Random(DRAWN_AS[number])
+        self._parents = {model: [run for run in healthy if run.model == model] for model in KINDS}
         self._taken: Counter[str] = Counter()
         self._by_fault: Counter[tuple[str, str]] = Counter()
 
@@ -149,27 +161,36 @@ class _Forks:
                        start=FORK_STEP, steps=FOLLOWED)  # fmt: skip
 
 
-def _forks(healthy: list[RunSpec], split: Split) -> dict[str, list[RunSpec]]:
-    forks = _Forks(healthy, split)
+def _repeats(fault: FaultKind, severity: float, scope: Scope, number: Round) -> int:
+    if fault.name == "biased_backward":
+        return KERNEL_REPEATS[number, scope]
+    if scope != "one":
+        return 1
+    if severity in fault.subtle:
+        return ONE_HEAD_REPEATS[number]["subtle"]
+    return NEW_ONE_HEAD_REPEATS if fault.declared == "third" else ONE_HEAD_REPEATS[number]["plain"]
+
+
+def _forks(healthy: list[RunSpec], number: Round) -> dict[str, list[RunSpec]]:
     groups: dict[str, list[RunSpec]] = {"one": [], "wide": [], "kernel": [], "organic": [], "event": []}
+    if not DECLARED[number]:
+        return groups
+    forks = _Forks(healthy, number)
     for fault in FAULTS:
-        if split == "tune" and fault.split != "tune":
+        if fault.declared not in DECLARED[number]:
             continue
         if fault.name == "organic_rate_ramp":
             values = fault.severities
-            groups["organic"] += [forks.fault(fault, values[at % len(values)], "all") for at in range(ORGANIC[split])]
+            groups["organic"] += [forks.fault(fault, values[at % len(values)], "all") for at in range(ORGANIC[number])]
             continue
         for scope in fault.scopes:
             kernel = fault.name == "biased_backward"
             group = groups["kernel" if kernel else "one" if scope == "one" else "wide"]
             for value in fault.severities:
-                strength = "subtle" if value in fault.subtle else "plain"
-                few = ONE_HEAD_REPEATS[strength] if scope == "one" else 1
-                repeats = KERNEL_REPEATS[split, scope] if kernel else few
-                group += [forks.fault(fault, value, scope) for _ in range(repeats)]
+                group += [forks.fault(fault, value, scope) for _ in range(_repeats(fault, value, scope, number))]
     for event in EVENTS:
-        if split == "held-out" or event.split == "tune":
-            groups["event"] += [forks.event(event) for _ in range(EVENT_REPEATS)]
+        if event.declared in DECLARED[number]:
+            groups["event"] += [forks.event(event) for _ in range(EVENT_REPEATS[number])]
     return groups
 
 
@@ -183,14 +204,17 @@ def make_plan() -> list[RunSpec]:
         runs = shuffle.sample(runs, len(runs))
         placed.extend((first + (last - first) * (at + 0.5) / len(runs), run) for at, run in enumerate(runs))
 
-    for split in ("tune", "held-out"):
-        spread([run for run in healthy if run.split == split], 0.0, 0.45)
-        groups = _forks(healthy, split)
+    for number, mine in healthy.items():
+        # The third round's forks follow their parents closely: every prefix holds as large a part of both.
+        third = number == "third"
+        spread(mine, 0.0, 1.0 if third else 0.45)
+        groups = _forks(mine, number)
         seen: set[str] = set()
         for name, runs in groups.items():
             # The same fault on the same head of the same run, drawn twice, would be counted twice.
             fresh = [run for run in runs if not (run.name in seen or seen.add(run.name))]  # type: ignore[func-returns-value]
-            spread(fresh, 0.15 if name == "one" else 0.3, 0.85 if name == "one" else 1.0)
+            first = 0.15 if name == "one" else 0.3
+            spread(fresh, 0.0 if third else first, 0.85 if name == "one" and not third else 1.0)
     return bases + [run for _, run in sorted(placed, key=lambda pair: (pair[0], pair[1].name))]
 
 

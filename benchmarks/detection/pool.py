@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import time
 import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -31,13 +32,13 @@ def run(folder: Path, *, workers: int, only: str = "") -> int:
     Args:
         folder: where runs go.
         workers: processes, one thread each.
-        only: part of the names of runs to make; "" makes all.
+        only: regular expression found in the names of runs to make; "" makes all.
 
     Returns:
         Number of runs that failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    plan = [spec for spec in make_plan() if only in spec.name]
+    plan = [spec for spec in make_plan() if re.search(only, spec.name)]
     (folder / "plan.json").write_text(json.dumps([spec.to_dict() for spec in plan], indent=1))
     print(describe(plan), flush=True)
     todo = [spec for spec in plan if not is_done(folder, spec.name)]

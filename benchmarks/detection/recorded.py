@@ -15,6 +15,7 @@ from incoherence_monitor import History
 from incoherence_monitor.records import Layout
 
 from .plan import FORKED, RunSpec
+from .rounds import split_of
 from .runs import DONE
 from .scoring import FloatArray, Truth
 from .signals import read_entropy, read_steps
@@ -68,6 +69,8 @@ def specification(folder: Path, name: str) -> tuple[RunSpec, dict[str, Any]]:
     """A run's specification and all that `run.json` says."""
     record = json.loads((folder / name / DONE).read_text())
     given = record["spec"]
+    # A run that was held out when it was made may have been looked at since.
+    given["split"] = split_of(given["seed"])
     given["heads"] = tuple((layer, head) for layer, head in given["heads"])
     given["snapshots"] = tuple(given["snapshots"])
     return RunSpec(**given), record

@@ -30,12 +30,12 @@ function logTicks(low, high) {
   return found.filter((_, at) => at % each === 0);
 }
 
-// Pieces of a line between undefined values, as the d of a path.
+// Pieces of a line between undefined values, as the d of a path; a value between two of them is a dot.
 function pathOf(points) {
   let text = "", open = false;
   for (const [x, y] of points) {
     if (!Number.isFinite(y)) { open = false; continue; }
-    text += `${open ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`;
+    text += open ? `L${x.toFixed(1)} ${y.toFixed(1)}` : `M${x.toFixed(1)} ${y.toFixed(1)}h0`;
     open = true;
   }
   return text;
@@ -128,7 +128,6 @@ function chart({ title, unit, series, band, marks, spans, width, onStep, note })
   }
   for (const { steps, values, className } of series) {
     draw(svg, "path", { d: pathOf(steps.map((step, at) => [x(step), y(values[at])])), class: `line ${className}` });
-    if (steps.length === 1 && Number.isFinite(values[0])) draw(svg, "circle", { cx: x(steps[0]), cy: y(values[0]), r: 3 });
   }
   const now = draw(svg, "line", { y1: EDGE.top, y2: EDGE.top + tall, class: "now" });
   figure.append(readout);
@@ -136,7 +135,12 @@ function chart({ title, unit, series, band, marks, spans, width, onStep, note })
     const at = Math.min(last, Math.max(first, step));
     now.setAttribute("x1", x(at));
     now.setAttribute("x2", x(at));
-    const parts = [...series].reverse().map(({ steps, values, name }) => `${name} ${number(values[positionAt(steps, step)])}`);
+    // The head's own line is the last; a run that ended before stays at its end.
+    const reached = ({ steps }) => steps[positionAt(steps, step)], own = reached(series.at(-1));
+    const parts = [...series].reverse().map((each) => {
+      const value = number(each.values[positionAt(each.steps, step)]), at = reached(each);
+      return `${each.name} ${value}${at === own ? "" : ` (step ${at})`}`;
+    });
     if (band.length) {
       const [, expected, wide] = band[positionAt(band.map((each) => each[0]), step)];
       if (Number.isFinite(expected)) {
@@ -144,7 +148,7 @@ function chart({ title, unit, series, band, marks, spans, width, onStep, note })
         parts.push(`expected ${number(expected)} (${number(lower)} to ${number(upper)})`);
       }
     }
-    readout.textContent = `step ${step}: ${parts.join("; ")}${note ? `. ${note}` : ""}`;
+    readout.textContent = `step ${own}: ${parts.join("; ")}${note ? `. ${note}` : ""}`;
   };
   svg.addEventListener("click", (event) => {
     if (event.target.closest("a")) return;

@@ -1,8 +1,8 @@
 """Packing numbers into a page: logarithms in 8 bits, what changes from sample to sample, gzip, base64.
 
 What a browser undoes with what it brings itself (`DecompressionStream`): see data.js, which is the other half of this
-file. A head's codes are as fine as its range allows and no finer than half of its own noise, since digits of noise
-cannot be compressed and nobody can see them.
+file. A head's codes are as fine as its range allows and, in a large page, no finer than half of its own noise, since
+digits of noise cannot be compressed.
 
 Layer 5: imports records for array types.
 """
@@ -21,8 +21,8 @@ from ..records import IntArray
 UNDEFINED, ZERO = 255, 254
 """Codes of NaN and of 0, which has no logarithm."""
 LARGEST_CODE = 253
-NOISE_STEPS = 2.0
-"""Steps of a code in one standard deviation of a head's change from sample to sample."""
+NOISE_STEPS, FINE_NOISE_STEPS = 2.0, 8.0
+"""Steps of a code in one standard deviation of a head's noise from sample to sample: where room is scarce, and else."""
 FINEST = 0.002
 """Least step of a code, in log units: 0.2% of a value."""
 
@@ -41,17 +41,18 @@ class Packed:
     error: float
 
 
-def pack(values: NDArray[np.floating], *, finest: float = FINEST) -> Packed:
+def pack(values: NDArray[np.floating], *, finest: float = FINEST, noise_steps: float = NOISE_STEPS) -> Packed:
     """Pack the values of many heads over time.
 
     Args:
         values: [n, H], at least 0; NaN where undefined.
         finest: least step of a code, in log units.
+        noise_steps: steps in one standard deviation of noise, at most.
 
     Returns:
         The text, and how far a value read from it may be off.
     """
-    low, step, codes = quantise(values, finest=finest)
+    low, step, codes = quantise(values, finest=finest, noise_steps=noise_steps)
     grown = np.diff(codes, axis=1, prepend=np.uint8(0))
     raw = low.astype("<f4").tobytes() + step.astype("<f4").tobytes() + np.ascontiguousarray(grown).tobytes()
     # Filtered: mostly by frequency, which serves noise 7% better than looking for repeats (measured).
@@ -61,13 +62,14 @@ def pack(values: NDArray[np.floating], *, finest: float = FINEST) -> Packed:
 
 
 def quantise(
-    values: NDArray[np.floating], *, finest: float = FINEST
+    values: NDArray[np.floating], *, finest: float = FINEST, noise_steps: float = NOISE_STEPS
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint8]]:
     """Round the logarithms of many heads, each head with steps of its own.
 
     Args:
         values: [n, H], at least 0; NaN where undefined.
         finest: least step, in log units.
+        noise_steps: steps in one standard deviation of noise, at most.
 
     Returns:
         low [H] and step [H], in log units, and codes [H, n]: a value is exp(low + step * code), 0 where the code is
@@ -79,7 +81,7 @@ def quantise(
     low = np.min(logs, axis=1, initial=np.inf, where=known)
     high = np.max(logs, axis=1, initial=-np.inf, where=known)
     low, high = np.where(np.isfinite(low), low, 0.0), np.where(np.isfinite(high), high, 0.0)
-    step = np.maximum(np.maximum((high - low) / LARGEST_CODE, _noise(logs, known) / NOISE_STEPS), finest)
+    step = np.maximum(np.maximum((high - low) / LARGEST_CODE, _noise(logs, known) / noise_steps), finest)
     low, step = low.astype(np.float32), step.astype(np.float32)
     steps = np.rint((logs - low[:, None]) / step[:, None])
     codes = np.clip(steps, 0, LARGEST_CODE).astype(np.uint8)

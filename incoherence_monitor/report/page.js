@@ -160,9 +160,11 @@ async function drawCurves() {
       marks: marks.map((alert) => ({ ...alert, own: alert.statistic === row.name, text: `${alert.severity} alert at step ${alert.step}: ${alert.statistic}` })),
     });
   }
-  if (run.losses.some((loss) => loss !== null)) {
-    const losses = run.losses.map((loss) => loss ?? NaN);
-    made.push({ title: `loss, run ${run.name}`, unit: "loss", series: [{ steps: run.steps, values: losses, className: "own", name: "loss" }], band: [], spans: [], marks: [], note: "" });
+  // The loss is often told less often than samples are taken.
+  const told = run.losses.flatMap((loss, position) => (loss === null ? [] : [position]));
+  if (told.length) {
+    const series = [{ steps: told.map((each) => run.steps[each]), values: told.map((each) => run.losses[each]), className: "own", name: "loss" }];
+    made.push({ title: `loss, run ${run.name}`, unit: "loss", series, band: [], spans: [], marks: [], note: "" });
   }
   if (mine !== charting) return;
   charts = made.map((each) => chart({ ...each, width, onStep: goTo }));

@@ -14,7 +14,7 @@ from xml.etree.ElementTree import Element
 from .. import __version__
 from ..errors import SettingError
 from . import tables
-from .encoding import FINEST
+from .encoding import FINE_NOISE_STEPS, FINEST, NOISE_STEPS
 from .gathering import Run
 from .markup import html, script_json, tag
 from .shown import Shown, show
@@ -24,6 +24,8 @@ MOST_VALUES = 26_000_000
 """Values shown in one page: 32 x 32 heads, 2,000 samples and all statistics that are recorded by default."""
 LARGEST = 19_000_000
 """Bytes of packed values in one page; what they leave of 20 MB is for all else."""
+FINE_VALUES = 5_000_000
+"""Values up to which there is room to hold them finely."""
 FEWEST_SAMPLES = 8
 _STYLES = ("page.css",)
 _SCRIPTS = ("data.js", "map.js", "curves.js", "page.js")
@@ -40,8 +42,10 @@ def render(runs: list[Run]) -> str:
     """
     streams = sum(run.history.layout.size for run in runs)
     most = max(FEWEST_SAMPLES, MOST_VALUES // max(streams, 1))
+    values = sum(run.history.layout.size * min(len(run.history), most) for run in runs)
+    steps = FINE_NOISE_STEPS if values <= FINE_VALUES else NOISE_STEPS
     while True:
-        shown = [show(at, run, most) for at, run in enumerate(runs)]
+        shown = [show(at, run, most, noise_steps=steps) for at, run in enumerate(runs)]
         size = sum(len(packed.text) for run in shown for packed in run.arrays.values())
         if size <= LARGEST or most <= FEWEST_SAMPLES:
             break

@@ -42,13 +42,14 @@ class Shown:
     bands: int
 
 
-def show(number: int, run: Run, most: int) -> Shown:
+def show(number: int, run: Run, most: int, *, noise_steps: float) -> Shown:
     """Thin and pack a run.
 
     Args:
         number: the run's among those of the page.
         run: what it is.
         most: samples to show, beside those that alerts need.
+        noise_steps: how finely values are held, as `encoding.pack` takes it.
     """
     history, layout = run.history, run.history.layout
     step_of = {int(step): at for at, step in enumerate(history.steps)}
@@ -61,7 +62,7 @@ def show(number: int, run: Run, most: int) -> Shown:
     statistics = []
     for at, row in enumerate(layout.rows):
         part, values = layout.slices[row.name], history.values(row.name)[rows]
-        arrays[f"v-{number}-{at}"] = pack(values)
+        arrays[f"v-{number}-{at}"] = pack(values, noise_steps=noise_steps)
         judged = bands is not None and bool(np.isfinite(bands.evidence[:, part]).any())
         if judged:
             assert bands is not None

@@ -1,0 +1,29 @@
+"""Which runs may be looked at while the detector is chosen, and which not: the split, by seed.
+
+The work goes in rounds. A round has seeds of its own, and kinds of fault and events of its own that are declared before
+its results are looked at. What was held out in one round has been looked at when its report is written, so in the next
+it can only serve for tuning:
+
+- **first**: seeds from 0; the first detector was chosen on it.
+- **second**: seeds from 1000; held out then, looked at when that detector was published. Tuning data since.
+- **calibration**: seeds from 1100, healthy runs alone, added for the rate of false alarms. Tuning data.
+- **third**: seeds from 2000; held out now.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Split = Literal["tune", "held-out"]
+Round = Literal["first", "second", "calibration", "third"]
+SPLIT: dict[Round, Split] = {"first": "tune", "second": "tune", "calibration": "tune", "third": "held-out"}
+FIRST_SEED: dict[Round, int] = {"first": 0, "second": 1000, "calibration": 1100, "third": 2000}
+DECLARED: dict[Round, tuple[Round, ...]] = {
+    "first": ("first",), "second": ("first", "second"), "calibration": (), "third": ("first", "second", "third"),
+}  # fmt: skip
+"""Rounds whose kinds of fault and events each round has."""
+
+
+def split_of(seed: int) -> Split:
+    """The split that runs of a seed belong to."""
+    return "held-out" if seed >= FIRST_SEED["third"] else "tune"
