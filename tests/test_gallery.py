@@ -28,7 +28,8 @@ def recorded(role, *, growth=0.0, right=(("key", 2, 1),)):
     stream = LAYOUT.slices["key_norm"].start + 2 * 4 + 1
     values[60:, stream] *= np.exp(growth * np.arange(20))
     values[:, LAYOUT.slices["shift_residual"]] *= 1e-7
-    spec = RunSpec("a-run", role, "learned", 1, 1e-3, "tune", "twin", "wk_scale", 1.01, "one", ((2, 1),), 300, 100)
+    start = 300 if role == "fault" else 0
+    spec = RunSpec("a-run", role, "learned", 1, 1e-3, "tune", "twin", "wk_scale", 1.01, "one", ((2, 1),), start, 100)
     losses = 2 + 0.01 * random.standard_normal(400)
     nothing = np.zeros((80, 0))
     return Recorded(spec, LAYOUT, 5 * np.arange(80), values, losses, losses, nothing, frozenset(right))
