@@ -20,7 +20,7 @@ from incoherence_monitor.records import head_label
 from .events import BY_NAME as EVENTS_BY_NAME
 from .exhibit_pictures import draw
 from .faults import BY_NAME
-from .judged import Judged, first_false_warning, is_right, judge
+from .judged import Judged, first_false_warning, is_right, judge, sound_runs
 from .models import KINDS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -137,16 +137,17 @@ def _verdict(judged: Judged, exhibit: Exhibit | None) -> str:
     return f"{count}, the first that is right {right[0] - judged.run.onset} samples after the onset.{wrong}"
 
 
-def write(folder: Path, docs: Path) -> None:
+def write(folder: Path, sound: Path, docs: Path) -> None:
     """Write the page and its pictures.
 
     Args:
         folder: of the bench.
+        sound: the folder whose healthy runs are looked through for a false warning.
         docs: folder that gets `gallery.md` and `gallery/`.
     """
     (docs / "gallery").mkdir(parents=True, exist_ok=True)
     shown: list[tuple[Judged, Exhibit | None]] = [(judge(folder, one.run), one) for one in EXHIBITS]
-    false = first_false_warning(folder)
+    false = first_false_warning(sound)
     shown += [(false, None)] if false is not None else []
     lines = [
         "# Gallery of faults",
@@ -170,7 +171,10 @@ def write(folder: Path, docs: Path) -> None:
     if false is None:
         lines += [
             "",
-            "Nothing was told of any healthy run or harmless event of these, on some of which thresholds were fitted; "
+            "## A false warning: none to show",
+            "",
+            f"Nothing was told of any of the {len(sound_runs(sound))} healthy runs and harmless events looked through, "
+            "on some of which thresholds were fitted; "
             "how often it happens on others is among the figures.",
         ]
     (docs / "gallery.md").write_text("\n".join(lines) + "\n")
@@ -180,9 +184,10 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.detection.gallery", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("build/detection"))
+    parser.add_argument("--sound", type=Path, help="folder searched for a false warning, if another")
     parser.add_argument("--docs", type=Path, default=DOCS)
     given = parser.parse_args()
-    write(given.folder, given.docs)
+    write(given.folder, given.sound or given.folder, given.docs)
     return 0
 
 

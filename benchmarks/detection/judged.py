@@ -12,6 +12,7 @@ from incoherence_monitor import Alert, MonitorConfig
 from incoherence_monitor.judge import Judge
 from incoherence_monitor.records import Verdict
 
+from .plan import RunSpec
 from .recorded import Recorded, done_runs, load
 
 
@@ -56,13 +57,19 @@ def judge_run(run: Recorded, twin: NDArray[np.float64] | None) -> Judged:
     return Judged(run, twin, verdicts, told)
 
 
+def sound_runs(folder: Path) -> list[RunSpec]:
+    """The runs of a folder in which nothing is broken."""
+    return [spec for spec in done_runs(folder) if spec.role in ("healthy", "event")]
+
+
 def first_false_warning(folder: Path) -> Judged | None:
     """The first run in which nothing is broken and something was told.
 
     Healthy runs come before harmless events, held-out ones before others, then by name.
     """
-    sound = [spec for spec in done_runs(folder) if spec.role in ("healthy", "event")]
-    for spec in sorted(sound, key=lambda spec: (spec.role != "healthy", spec.split != "held-out", spec.name)):
+    for spec in sorted(
+        sound_runs(folder), key=lambda spec: (spec.role != "healthy", spec.split != "held-out", spec.name)
+    ):
         judged = judge(folder, spec.name)
         if judged.told:
             return judged
