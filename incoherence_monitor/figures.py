@@ -149,13 +149,13 @@ def _all_heads(
     figure.supxlabel(f"{_names(layout, drifting)}\ngrey: {grey}", fontsize=10, parse_math=False)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, (row, unit, limits) in zip(axes, panels, strict=False):
-        _panel(figure, axis, row, layout, values, drifting, unit=unit, limits=limits, colours=colours)
+        panel(figure, axis, row, layout, values, drifting, unit=unit, limits=limits, colours=colours)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     return figure
 
 
-def _panel(
+def panel(
     figure: Figure,
     axis: Axes,
     row: Statistic,
@@ -167,6 +167,19 @@ def _panel(
     limits: tuple[float, float],
     colours: str,
 ) -> None:
+    """Draw one statistic of every head, layers downwards and heads to the right, with its colour bar.
+
+    Args:
+        figure: that the axes belong to.
+        axis: to draw on.
+        row: the statistic.
+        layout: the streams.
+        values: [S] of all statistics; NaN is drawn grey.
+        drifting: heads to frame, where they are of the statistic's kind.
+        unit: of the colour bar.
+        limits: the values of the first and the last colour.
+        colours: name of a matplotlib colour map.
+    """
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
     from matplotlib.ticker import MaxNLocator

@@ -44,11 +44,11 @@ SAMPLES_IN_MEMORY = 1000
 class IncoherenceMonitor(Steering):
     """Watches the attention heads of one model while it trains.
 
-    Every `every` steps it takes the queries, keys and values each head used, computes the statistics of METRICS.md,
-    compares each head with its own baseline and with its cohort, and logs and alerts. It never raises into the
-    training loop after the first step, and leaves gradients, weights and random generators untouched.
+    Every `every` steps it takes the queries, keys and values each head used, computes its statistics
+    (docs/statistics.md), compares each head with its own baseline and with its cohort, and logs and alerts. It never
+    raises into the training loop after the first step, and leaves gradients, weights and random generators untouched.
 
-    Example:
+    Examples:
         >>> import torch
         >>> monitor = IncoherenceMonitor(every=1)
         >>> with monitor.step(0):

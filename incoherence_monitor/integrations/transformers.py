@@ -44,8 +44,8 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     Metrics reach whatever `report_to` names; pictures and alerts go to TensorBoard and W&B where those are on; history
     goes under `<output_dir>/incoherence/`; baselines are saved with every checkpoint and taken up on resume.
 
-    Example:
-        Trainer(model=model, args=args, train_dataset=data, callbacks=[IncoherenceCallback()]).train()
+    Examples:
+        `Trainer(model=model, args=args, train_dataset=data, callbacks=[IncoherenceCallback()]).train()`
     """
 
     def __init__(

@@ -274,7 +274,7 @@ def head_statistics(
 
     Query and key are those the attention product receives: after rotary embedding and QK-norm, before the scale. No
     L x L array is formed and nothing is read back to the host (the eigenvalue routine of a CUDA build may wait for
-    the device; `eigen=False` never does). Definitions: METRICS.md, after arXiv 2605.02907 and arXiv 2604.04384.
+    the device; `eigen=False` never does). Definitions: docs/statistics.md, after arXiv 2605.02907 and arXiv 2604.04384.
 
     Args:
         query: [B, Hq, L, d], any float dtype, any device.
@@ -293,7 +293,7 @@ def head_statistics(
     Raises:
         SettingError: if the shapes or dtypes do not fit together, or `also` names another.
 
-    Example:
+    Examples:
         >>> q, k = torch.randn(2, 8, 256, 64), torch.randn(2, 2, 256, 64)
         >>> {name: tuple(value.shape) for name, value in head_statistics(q, k, eigen=False).items()}["key_norm"]
         (2, 2)
