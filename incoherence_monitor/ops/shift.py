@@ -19,6 +19,9 @@ FLOOR = 1e-12
 LEAST = 1e-18
 """Mean norm of a key's gradient below which it trains nothing and may be rounding alone, which sums to anything."""
 
+_ELEMENTS_IN_CACHE = 1 << 16
+"""Of a gradient that a CPU works on at a time."""
+
 
 def shift_residual(grad: Tensor) -> Tensor:
     """||sum_j dL/dk_j|| / sum_j ||dL/dk_j|| of every sequence and key head.
@@ -47,14 +50,18 @@ def _sums(grad: Tensor) -> tuple[Tensor, Tensor]:
     if grad.device.type != "cpu":
         lengths = torch.linalg.vector_norm(grad, dim=-1, dtype=wide)
         return grad.sum(dim=2, dtype=wide), lengths.sum(dim=-1)
-    # One sequence at a time stays in a CPU's cache, and in the same memory.
-    totals, parts = [], []
-    room = torch.empty_like(grad[:1], dtype=wide)
-    for one in torch.split(grad, 1):
-        room.copy_(one)
-        totals.append(room.sum(dim=2))
-        parts.append(room.square_().sum(dim=-1).sqrt_().sum(dim=-1))
-    return torch.cat(totals), torch.cat(parts)
+    # Some tokens of one sequence at a time: they stay in a CPU's cache, and memory does not grow with the sequence.
+    batch, heads, length, dim = grad.shape
+    tokens = min(length, max(1, _ELEMENTS_IN_CACHE // (heads * dim)))
+    room = torch.empty_like(grad[:1, :, :tokens], dtype=wide)
+    totals = torch.zeros(batch, heads, dim, dtype=wide)
+    parts = torch.zeros(batch, heads, dtype=wide)
+    for at, one in enumerate(torch.split(grad, 1)):
+        for some in torch.split(one, tokens, dim=2):
+            part = room[:, :, : some.shape[2]].copy_(some)
+            totals[at] += part.sum(dim=2)[0]
+            parts[at] += part.square_().sum(dim=-1).sqrt_().sum(dim=-1)[0]
+    return totals, parts
 
 
 def shift_vector(grad: Tensor) -> Tensor:
