@@ -6,12 +6,13 @@ import gc
 import logging
 import math
 import threading
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
-from incoherence_monitor import History, IncoherenceMonitor, MonitorConfig, head_statistics
+from incoherence_monitor import History, IncoherenceMonitor, MonitorConfig, head_statistics, sampling
 from incoherence_monitor.errors import HistoryError, SettingError, StateError
 from incoherence_monitor.trackers import InMemoryTracker
 
@@ -485,10 +486,17 @@ def test_close_may_be_called_twice_and_ends_the_worker():
     assert monitor.samples == 3
 
 
-def test_queries_and_keys_are_let_go_at_once():
-    """What is held after a layer's forward is smaller than its windows: statistics and d x d cores alone."""
+@pytest.mark.parametrize("beside", [False, True])
+def test_queries_and_keys_are_let_go_at_once(beside, monkeypatch):
+    """What is held after a layer's forward is smaller than its windows: statistics and d x d cores alone.
+
+    Where the worker takes the statistics it holds copies until it has, which are bounded (test_aside.py); the model's
+    own tensors are let go at once there too.
+    """
+    monkeypatch.setattr(sampling, "spare_core", lambda: beside)
     monitor = IncoherenceMonitor(every=1, config=MonitorConfig(window=256))
     query, key = queries_and_keys(length=256, dim=8)
+    own = [weakref.ref(each) for each in (query, key)]
 
     def held():
         gc.collect()
@@ -497,8 +505,14 @@ def test_queries_and_keys_are_let_go_at_once():
     before = held()
     with monitor.step(0):
         monitor.observe("layer", query, key)
+        size = query.numel() + key.numel()
+        del query, key
+        assert [each() for each in own] == [None, None]
+        monitor._sampler.aside.submit(lambda: None).result()
         # 8 windows x (4 x 36 triangle + 4 x 5 + 2 x 3 numbers + 1): 1,368; the queries alone are 65,536.
-        assert held() - before < 2_000
+        assert held() + size - before < 2_000
+    monitor.flush()
+    assert not monitor.coverage().failures
 
 
 def test_nothing_grows():
