@@ -174,6 +174,7 @@ def test_a_spare_core_is_one_that_operations_leave_alone(monkeypatch):
 
 def test_beside_training_or_in_it_the_numbers_are_the_same(one_thread, monkeypatch):
     pytest.importorskip("transformers")
+
     def run(beside):
         monkeypatch.setattr(sampling, "spare_core", lambda: beside)
         model = tiny_model("llama", attention="sdpa")
