@@ -31,6 +31,13 @@ class Aside:
         self._waiting: deque[tuple[Future[object], int]] = deque()
         self.waited = 0.0
 
+    def portion(self, size: int) -> int:
+        """How many things of so many bytes each to copy and hand over at a time; 0 if one alone may not wait.
+
+        Half of what may wait, so that one half is worked on while the other is copied.
+        """
+        return 0 if size > WAITING_AT_MOST else max(1, WAITING_AT_MOST // (2 * size))
+
     def make_room(self, size: int) -> None:
         """Wait until so many bytes more may wait; on the training thread, which is counted.
 

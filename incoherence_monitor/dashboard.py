@@ -95,7 +95,7 @@ class Dashboard:
             judged: the sample.
             book: open episodes.
             alerts: alerts raised so far.
-            cost: the monitor's own, `sample_ms` and `share`.
+            cost: the monitor's own, `sample_ms`, `share` and `wait_ms`.
         """
         writer = self._writer
         if writer is None:
@@ -149,12 +149,8 @@ class Dashboard:
         self._listed = drifting
         self._trackers.table(TABLE_NAME, drifting_table(judged, drifting), step=judged.step)
 
-    @property
-    def draws(self) -> bool:
+    def wants_pictures(self) -> bool:
         """Whether pictures are wanted and can be drawn."""
-        return self._wants_pictures()
-
-    def _wants_pictures(self) -> bool:
         return self._drawable and (self._directory is not None or bool(self._trackers.trackers))
 
     def _on_worker(self, draw: Callable[..., dict[str, Picture]], *given: Any) -> Future[dict[str, Picture]]:
@@ -192,7 +188,7 @@ class Dashboard:
         return {f"{PREFIX}/field/{label}": figures.to_pixels(figure)}
 
     def _start_drawing(self, judged: JudgedSample, drifting: list[HeadPlace]) -> None:
-        if not self.draws or judged.step == self._drawn_at:
+        if not self.wants_pictures() or judged.step == self._drawn_at:
             return
         if self._drawing is not None:
             # What shows an alert is drawn next, however long the one before takes.

@@ -65,16 +65,18 @@ def heads_map(
     """
     panels = []
     for row in layout.rows:
-        finite = values[layout.slices[row.name]]
-        finite = finite[np.isfinite(finite)]
-        low, high = np.percentile(finite, [1, 99]) if len(finite) else (0.0, 1.0)
-        if high - low < 1e-9:
-            low, high = low - 0.5, high + 0.5
-        panels.append((row, row.unit, (float(low), float(high))))
+        panels.append((row, row.unit, limits_of(values[layout.slices[row.name]])))
     return _all_heads(
         layout, values, panels, colours=VALUES, drifting=drifting,
         title=_title("All heads", step, run, drifting), grey="undefined or not recorded",
     )  # fmt: skip
+
+
+def limits_of(values: FloatArray) -> tuple[float, float]:
+    """Values of the first and the last colour: the 1st and the 99th percentile of those that are finite."""
+    finite = values[np.isfinite(values)]
+    low, high = np.percentile(finite, [1, 99]) if len(finite) else (0.0, 1.0)
+    return (float(low), float(high)) if high - low >= 1e-9 else (float(low) - 0.5, float(high) + 0.5)
 
 
 def drift_map(

@@ -65,7 +65,7 @@ def sample_metrics(
         book: open episodes.
         charted: heads that get charts of their own.
         alerts: alerts raised so far.
-        cost: `sample_ms` and `share`.
+        cost: `sample_ms`, `share` and `wait_ms`.
 
     Returns:
         Finite values by name: each statistic's median, largest and smallest over the model, the evidence against the

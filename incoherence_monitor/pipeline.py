@@ -268,7 +268,7 @@ class Pipeline:
         cost = self.clock.take() | {"wait_ms": 1000 * self._sampler.aside.take_waited()}
         show = functools.partial(self._dashboard.publish, judged, self.judge.book, alerts=len(self.alerts), cost=cost)
         self._reporter.guard("showing a sample", show)
-        if self._dashboard.draws:
+        if self._dashboard.wants_pictures():
             self._sampler.keeper.ask(judged.alerts)
         if self._on_alert is not None:
             for alert in judged.alerts:

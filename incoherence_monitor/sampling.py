@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .aside import WAITING_AT_MOST, Aside, spare_core
+from .aside import Aside, spare_core
 from .capture import AttentionInput
 from .config import MonitorConfig, check_count
 from .keeping import WindowKeeper
@@ -86,7 +86,7 @@ class WindowSampler:
         self._fruitful: set[str] = set()
         self._step = 0
         self.aside = Aside()
-        self.on_error: Callable[[str, BaseException], None] = lambda layer, error: None
+        self.on_error: Callable[[str, BaseException], None] = _pass_on
         self.keeper = WindowKeeper()
         self._also = tuple(name for name in config.recorded if statistic(name).on_request)
 
@@ -149,11 +149,10 @@ class WindowSampler:
             found = smooth_statistics(query, key, value=value, windows=chosen.windows, **settings)
             return [to_be_copied(chosen.keep, *found)]
         pieces = cut_windows(*heads, windows=chosen.windows)
-        if not spare_core() or pieces[0].bytes > WAITING_AT_MOST:
+        at_once = self.aside.portion(pieces[0].bytes) if spare_core() else 0
+        if not at_once:
             smooth, core = piece_statistics(pieces, **settings)
             return [self.aside.submit(lambda: part_of(chosen.keep, smooth, core), held=core.nbytes)]
-        # Half of what may wait at a time, so that one half is worked on while the other is copied.
-        at_once = max(1, WAITING_AT_MOST // (2 * pieces[0].bytes))
         keep = None if chosen.keep is None else torch.split(chosen.keep, at_once)
         return [
             self._beside(pieces[start : start + at_once], None if keep is None else keep[at], settings)
@@ -310,6 +309,11 @@ class WindowSampler:
             return False
         self.layers = {layer.name: layer for layer in layout.layers}
         return self.assign({})
+
+
+def _pass_on(layer: str, error: BaseException) -> None:
+    """What a sampler does with a layer's failure unless told otherwise: the whole sample fails."""
+    raise error
 
 
 def to_be_copied(keep: Tensor | None, smooth: Mapping[str, Tensor], core: Tensor) -> dict[str, Tensor]:

@@ -122,14 +122,14 @@ def part_of(keep: Tensor | None, smooth: Mapping[str, Tensor], core: Tensor) -> 
     Args:
         keep: [N], zero for windows that do not count; None if all do.
         smooth: by name, [N, heads].
-        core: [N, Hq, d, d], or its lower triangle [N, Hq, d (d + 1) / 2].
+        core: [N, Hq, d, d], of which the eigenvalue routine reads the lower triangle alone, or that triangle,
+            [N, Hq, d (d + 1) / 2].
     """
     if core.dim() == 3:
         dim = int((8 * core.shape[-1] + 1) ** 0.5 - 1) // 2
         rows, columns = triangle(dim, core.device)
         whole = core.new_zeros(*core.shape[:2], dim, dim)
         whole[..., rows, columns] = core
-        # The eigenvalue routine reads the lower triangle alone, but what is not finite may be anywhere.
         core = whole
     values = {name: value.double().numpy() for name, value in {**smooth, **spectral_statistics(core)}.items()}
     kept = np.ones(len(core), dtype=bool) if keep is None else keep.numpy() > 0

@@ -33,7 +33,7 @@ def no_pictures():
     from incoherence_monitor.dashboard import Dashboard
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Dashboard, "_wants_pictures", lambda self: False)
+        patch.setattr(Dashboard, "wants_pictures", lambda self: False)
         yield
 
 

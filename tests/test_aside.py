@@ -11,6 +11,7 @@ import torch
 
 from incoherence_monitor import IncoherenceMonitor, MonitorConfig, aside, sampling
 from incoherence_monitor.aside import Aside
+from incoherence_monitor.ops import shift_residual
 from incoherence_monitor.sums import RecordedLosses
 from incoherence_monitor.transfer import to_host, triangle
 
@@ -69,7 +70,6 @@ def test_room_is_made_before_copies_are(monkeypatch, one_thread):
     window = 3 * 2 * 32 * 8 * 4
     for limit, calls, beside in ((4 * window, 4, True), (window // 2, 1, False)):
         monkeypatch.setattr(aside, "WAITING_AT_MOST", limit)
-        monkeypatch.setattr(sampling, "WAITING_AT_MOST", limit)
         with IncoherenceMonitor(every=1, config=MonitorConfig(window=32)) as monitor:
             most, held = [], []
             submit = monitor._sampler.aside.submit
@@ -128,6 +128,7 @@ def test_losses_that_cannot_be_read_cost_no_sample(monkeypatch):
 def test_a_default_device_of_the_users_leads_nothing_astray():
     with torch.device("meta"):
         query = torch.randn(8, 2, 40, 8, device="cpu")
+        assert shift_residual(query).isfinite().all()
         with IncoherenceMonitor(every=1) as monitor:
             with monitor.step(0):
                 monitor.observe("layer", query, query)

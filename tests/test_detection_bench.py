@@ -26,9 +26,9 @@ def _leave_no_trace():
     """The bench draws no pictures and demands determinism, for its own processes alone."""
     from incoherence_monitor.dashboard import Dashboard
 
-    before = Dashboard._wants_pictures, torch.are_deterministic_algorithms_enabled()
+    before = Dashboard.wants_pictures, torch.are_deterministic_algorithms_enabled()
     yield
-    Dashboard._wants_pictures = before[0]
+    Dashboard.wants_pictures = before[0]
     torch.use_deterministic_algorithms(before[1])
 
 

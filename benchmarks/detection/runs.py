@@ -76,7 +76,7 @@ def execute(spec: RunSpec, folder: Path) -> dict[str, Any]:
     """
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    Dashboard._wants_pictures = lambda self: False  # type: ignore[method-assign]
+    Dashboard.wants_pictures = lambda self: False  # type: ignore[method-assign]
     own = folder / spec.name
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir(parents=True)

@@ -12,21 +12,15 @@ import numpy as np
 
 from ..errors import MissingDependencyError
 from ..field import UNDEFINED
+from ..figures import VALUES, limits_of
 from .result import ScanResult, Window, kind_of, quartiles
-from .tables import title_of, unit_of
+from .tables import SHOWN, title_of, unit_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAPPED = (
-    "key_incoherence",
-    "energy_rank",
-    "interaction_rank",
-    "spectral_gap",
-    "energy_spread",
-    "energy_localization",
-)
+MAPPED = tuple(name for name in SHOWN if name != "energy_scale")
 _COLUMNS = 3
 
 
@@ -58,12 +52,9 @@ def _map(figure: Figure, axis: Axes, result: ScanResult, window: Window, name: s
     grid = np.full((len(layers), max(layer.heads(kind) for layer in layers)), np.nan)
     for at, layer in enumerate(layers):
         grid[at, : layer.heads(kind)] = result.of_layer(name, at, window.length, window.text)
-    finite = grid[np.isfinite(grid)]
-    low, high = np.percentile(finite, [1, 99]) if len(finite) else (0.0, 1.0)
-    if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
+    low, high = limits_of(grid)
     axis.set_facecolor(UNDEFINED)
-    image = axis.imshow(grid, aspect="auto", cmap="cividis", vmin=low, vmax=high, interpolation="nearest")
+    image = axis.imshow(grid, aspect="auto", cmap=VALUES, vmin=low, vmax=high, interpolation="nearest")
     bar = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
     bar.set_label(unit_of(name), fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -90,7 +81,7 @@ def profiles(results: Sequence[ScanResult], text: str, length: int) -> Figure:
     _title(figure, f"Median of each layer on {text}, {length} tokens")
     from matplotlib import colormaps
 
-    colours = colormaps["cividis"](np.linspace(0, 0.9, len(results)))
+    colours = colormaps[VALUES](np.linspace(0, 0.9, len(results)))
     marks = "osD^vPX*"
     axes = figure.subplots(2, _COLUMNS).ravel()
     for axis, name in zip(axes, MAPPED, strict=True):

@@ -25,11 +25,9 @@ from .constants import KEYS_EQUAL_BELOW
 from .launch import at_hand
 from .logits import ON_REQUEST, logit_statistics
 from .pieces import Piece, cut_windows
-from .shapes import Windows, check_shapes, working_dtype
+from .shapes import ELEMENTS_IN_CACHE, Windows, check_shapes, working_dtype
 from .spectra import cholesky_factor, inverse_of_factor, spectral_statistics, unit_trace
 
-_ELEMENTS_IN_CACHE = 1 << 16
-"""Of keys that a CPU works on at a time: with a copy of them they fill half a usual second-level cache."""
 _ELEMENTS_HELD = 1 << 19
 """Of centred keys, or of d x d matrices, that a CPU holds at a time."""
 
@@ -101,7 +99,7 @@ def piece_statistics(
         heads = next(
             each
             for each in range(key_heads, 0, -1)
-            if key_heads % each == 0 and (each * length * dim <= _ELEMENTS_IN_CACHE or each == 1)
+            if key_heads % each == 0 and (each * length * dim <= ELEMENTS_IN_CACHE or each == 1)
         )
         pieces = [part for window in windows for part in window.split(heads)]
         at_once = max(1, _ELEMENTS_HELD // max(pieces[0].key.numel(), 2 * pieces[0].query.shape[1] * dim**2))

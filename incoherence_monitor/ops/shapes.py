@@ -13,6 +13,9 @@ from torch import Tensor
 from ..errors import SettingError
 from ..transfer import to_device
 
+ELEMENTS_IN_CACHE = 1 << 16
+"""Of keys or of their gradient that a CPU works on at a time: with a copy they fill half a usual second-level cache."""
+
 
 class Windows(NamedTuple):
     """Windows of one length in a batch of longer sequences.

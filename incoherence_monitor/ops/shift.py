@@ -12,15 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .shapes import working_dtype
+from .shapes import ELEMENTS_IN_CACHE, working_dtype
 
 FLOOR = 1e-12
 """Smallest residual told apart from an exact zero, whose logarithm would not be finite."""
 LEAST = 1e-18
 """Mean norm of a key's gradient below which it trains nothing and may be rounding alone, which sums to anything."""
-
-_ELEMENTS_IN_CACHE = 1 << 16
-"""Of a gradient that a CPU works on at a time."""
 
 
 def shift_residual(grad: Tensor) -> Tensor:
@@ -52,10 +49,9 @@ def _sums(grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad.sum(dim=2, dtype=wide), lengths.sum(dim=-1)
     # Some tokens of one sequence at a time: they stay in a CPU's cache, and memory does not grow with the sequence.
     batch, heads, length, dim = grad.shape
-    tokens = min(length, max(1, _ELEMENTS_IN_CACHE // (heads * dim)))
+    tokens = min(length, max(1, ELEMENTS_IN_CACHE // (heads * dim)))
     room = torch.empty_like(grad[:1, :, :tokens], dtype=wide)
-    totals = torch.zeros(batch, heads, dim, dtype=wide)
-    parts = torch.zeros(batch, heads, dtype=wide)
+    totals, parts = room.new_zeros(batch, heads, dim), room.new_zeros(batch, heads)
     for at, one in enumerate(torch.split(grad, 1)):
         for some in torch.split(one, tokens, dim=2):
             part = room[:, :, : some.shape[2]].copy_(some)

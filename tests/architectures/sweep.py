@@ -205,7 +205,7 @@ def _with_trainer(model: nn.Module, batch: dict[str, Any], config: MonitorConfig
     trainer = SameBatch(model, arguments, train_dataset=data, callbacks=[callback])
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     # What is swept is the capture: no pictures, which would take most of the time.
-    with mock.patch.object(Dashboard, "_wants_pictures", return_value=False):
+    with mock.patch.object(Dashboard, "wants_pictures", return_value=False):
         trainer.train()
     assert callback.monitor is not None
     return callback.monitor
