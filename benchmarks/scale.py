@@ -29,8 +29,8 @@ from incoherence_monitor.distributed import pack, unpack
 from incoherence_monitor.judge import Judge
 from incoherence_monitor.ops import smooth_statistics
 from incoherence_monitor.records import LayerInfo, Layout
-from incoherence_monitor.sampling import to_be_copied
 from incoherence_monitor.sums import SampleSums
+from incoherence_monitor.yielded import to_be_copied
 
 GPUS = 10_000
 BF16 = 2

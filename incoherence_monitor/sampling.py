@@ -5,7 +5,7 @@ holds the others; queries and keys are not kept. On a device that is all until t
 the host. On a CPU the worker takes the eigenvalues while training goes on, and where a core is spare the statistics
 too, from copies of the windows: the same operations on the same numbers, wherever they run.
 
-Layer 3: imports aside, ops, records, shares, sums, transfer, windows, capture.base.
+Layer 3: imports aside, keeping, ops, records, shares, sums, transfer, windows, yielded, capture.base.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,35 +24,21 @@ from .aside import Aside, spare_core
 from .capture import AttentionInput
 from .config import MonitorConfig, check_count
 from .keeping import WindowKeeper
-from .ops import Piece, check_shapes, cut_windows, piece_statistics, shift_residual, smooth_statistics
+from .ops import (
+    Piece,
+    check_shapes,
+    copied,
+    cut_windows,
+    piece_statistics,
+    smooth_statistics,
+)
 from .records import LayerInfo, Layout
 from .shares import Shares
 from .stats import statistic
 from .sums import Part, SampleSums, part_of, summarise
-from .transfer import to_host, triangle
+from .transfer import to_host
 from .windows import Place, Selection, WindowPlan, choose_window, extend_plan, lengths_of, select_windows
-
-KEEP, CORE = "keep", "core"
-
-
-@dataclass
-class LayerWindows:
-    """What one layer has yielded in a sample so far: one entry per micro-batch.
-
-    Attributes:
-        info: the layer.
-        parts: on the host, in the making; or by name what lies on a device.
-        residuals: [sequences, Hk] shift residuals, which come with the backward.
-    """
-
-    info: LayerInfo
-    parts: list[Future[Part] | dict[str, Tensor]] = field(default_factory=list)
-    residuals: list[Tensor] = field(default_factory=list)
-
-    def take_gradient(self, sequences: int, grad: Tensor) -> None:
-        """Take the gradient of one call's keys, [B, Hk, L, d], of so many sequences at most."""
-        if grad.shape[1] == self.info.key_heads:
-            self.residuals.append(shift_residual(grad[:sequences]).float())
+from .yielded import LayerWindows, to_be_copied, unpacked
 
 
 class WindowSampler:
@@ -163,7 +149,7 @@ class WindowSampler:
         """Let the worker take the statistics, from copies."""
         size = sum(piece.bytes for piece in pieces)
         self.aside.make_room(size)
-        copies = [piece.copy() for piece in pieces]
+        copies = copied(pieces)
         return self.aside.submit(lambda: part_of(keep, *piece_statistics(copies, **settings)), held=size)
 
     def _layer(self, given: AttentionInput, describe: Callable[[AttentionInput], LayerInfo]) -> LayerInfo:
@@ -208,7 +194,10 @@ class WindowSampler:
         layout = self._layout_of_all()
         taken = [(layer.info, list(layer.parts), list(layer.residuals)) for layer in held]
         on_device = [
-            [*(tensor for part in parts if isinstance(part, dict) for tensor in part.values()), *residuals]
+            [
+                *(tensor for part in parts if isinstance(part, dict) for tensor in part.values()),
+                *(each for each in residuals if isinstance(each, Tensor)),
+            ]
             for _, parts, residuals in taken
         ]
         arrived = to_host([tensor for tensors in on_device for tensor in tensors])
@@ -221,10 +210,11 @@ class WindowSampler:
                 for part in parts:
                     here = {name: next(tensors) for name in part} if isinstance(part, dict) else {}
                     try:
-                        found.append(part.result() if isinstance(part, Future) else _unpacked(here))
+                        found.append(part.result() if isinstance(part, Future) else unpacked(here))
                     except Exception as error:  # Of this layer alone: the others are judged.
                         self.on_error(info.name, error)
-                on_host.append((info, found, [next(tensors) for _ in residuals]))
+                there = [next(tensors) if isinstance(each, Tensor) else each.residual().float() for each in residuals]
+                on_host.append((info, found, there))
             return summarise(layout, on_host)
 
         return finish
@@ -314,16 +304,3 @@ class WindowSampler:
 def _pass_on(layer: str, error: BaseException) -> None:
     """What a sampler does with a layer's failure unless told otherwise: the whole sample fails."""
     raise error
-
-
-def to_be_copied(keep: Tensor | None, smooth: Mapping[str, Tensor], core: Tensor) -> dict[str, Tensor]:
-    """What stays of a part on its device until the sample is sealed: of the cores, the triangle that says all."""
-    kept = torch.ones(len(core), device=core.device) if keep is None else keep.float()
-    rows, columns = triangle(core.shape[-1], core.device)
-    return {**smooth, KEEP: kept, CORE: core[..., rows, columns]}
-
-
-def _unpacked(tensors: dict[str, Tensor]) -> Part:
-    """A part that came from a device."""
-    keep, core = tensors.pop(KEEP), tensors.pop(CORE)
-    return part_of(keep, tensors, core)

@@ -11,6 +11,7 @@ Layer 3: imports config for the ladder of lengths, ops and transfer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -153,18 +154,14 @@ def select_windows(
     number = starts + offsets
     if number == 0 or length < window:
         return None
+    if valid is None and document_starts is None:
+        # Nothing on a device is needed to know them, so they are left on the host.
+        return Selection(Windows(*_anywhere(batch, length - window + 1, part, seed), window), None)
     draw = np.random.default_rng(seed)
     if document_starts is not None:
         return _within_documents(document_starts, valid, window=window, part=part, draw=draw)
-    rotation = int(draw.integers(batch))
-    # Windows at starts take the first sequences of the rotated order, windows at offsets go on from there.
-    # float32, as some devices have no float64; rounding may then reach one past the last place, hence the clamps.
-    fractions = np.concatenate([np.zeros(starts), draw.random(offsets)]).astype(np.float32)
-    if valid is None:
-        # Nothing on a device is needed to know them, so they are left on the host.
-        rows = torch.from_numpy((np.arange(number) + rotation) % batch)
-        first = torch.from_numpy(fractions * np.float32(length - window + 1)).long().clamp(max=length - window)
-        return Selection(Windows(rows, first, window), None)
+    assert valid is not None
+    rotation, fractions = _drawn(batch, part, draw)
     fraction, place = to_device(torch.from_numpy(fractions), device), torch.arange(number, device=device)
     steps = torch.arange(window, device=device)
     count = valid.sum(dim=1)
@@ -178,6 +175,25 @@ def select_windows(
     # Valid tokens with holes between them hold no window of consecutive ones where a hole falls inside.
     keep = fits[rows] & valid[rows[:, None], first[:, None] + steps].all(dim=1)
     return Selection(Windows(rows, first, window), keep)
+
+
+def _drawn(batch: int, part: tuple[int, int], draw: np.random.Generator) -> tuple[int, np.ndarray]:
+    """The sequence that comes first, and how far into its sequence each window begins, in [0, 1]; float32.
+
+    Windows at starts take the first sequences of the rotated order, windows at offsets go on from there. float32, as
+    some devices have no float64; rounding may then reach one past the last place, hence the clamps of those who ask.
+    """
+    starts, offsets = part
+    rotation = int(draw.integers(batch))
+    return rotation, np.concatenate([np.zeros(starts), draw.random(offsets)]).astype(np.float32)
+
+
+@lru_cache(maxsize=16)
+def _anywhere(batch: int, places: int, part: tuple[int, int], seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Rows and first tokens of windows where every token is valid; the layers of a sample ask for the same ones."""
+    rotation, fractions = _drawn(batch, part, np.random.default_rng(seed))
+    rows = torch.from_numpy((np.arange(len(fractions)) + rotation) % batch)
+    return rows, torch.from_numpy(fractions * np.float32(places)).long().clamp(max=places - 1)
 
 
 def _within_documents(

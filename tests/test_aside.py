@@ -67,7 +67,7 @@ def test_one_that_holds_more_than_may_wait_is_let_in_alone(monkeypatch):
 def test_room_is_made_before_copies_are(monkeypatch, one_thread):
     """Windows go to the worker as many at a time as half of what may wait; a window larger than that stays here."""
     monkeypatch.setattr(sampling, "spare_core", lambda: True)
-    window = 3 * 2 * 32 * 8 * 4
+    window = (2 * 2 * 32 * 8 + 2 * 32) * 4  # Queries, keys, and the lengths of values.
     for limit, calls, beside in ((4 * window, 4, True), (window // 2, 1, False)):
         monkeypatch.setattr(aside, "WAITING_AT_MOST", limit)
         with IncoherenceMonitor(every=1, config=MonitorConfig(window=32)) as monitor:

@@ -29,7 +29,8 @@ LAYERS = [
         "alerts",
     }
     | {"commands", "causes", "episodes", "loss"},
-    {"aside", "windows", "shares", "capture", "sums", "keeping", "sampling", "sharding", "agreement", "distributed"}
+    {"aside", "windows", "shares", "capture", "sums", "keeping", "yielded"}
+    | {"sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "attempts", "history", "notebook", "judge", "figures", "field", "inbox"},
     {"metrics", "dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
     {"integrations", "audit", "report"},
@@ -50,7 +51,8 @@ SIDEWAYS = {
     "alerts": {"causes", "episodes", "findings", "loss", "messages", "records", "stats"},
     "shares": {"windows"},
     "keeping": {"windows", "capture"},
-    "sampling": {"aside", "windows", "shares", "sums", "capture", "keeping"},
+    "yielded": {"sums"},
+    "sampling": {"aside", "windows", "shares", "sums", "capture", "keeping", "yielded"},
     "agreement": {"windows", "sums"},
     "distributed": {"windows", "agreement", "capture", "sampling", "sharding", "sums"},
     "judge": {"sums"},

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from incoherence_monitor import head_statistics
 from incoherence_monitor.ops import Windows, fused, gram, launch, shift_residual, smooth_statistics
-from incoherence_monitor.sampling import to_be_copied
 from incoherence_monitor.windows import select_windows
+from incoherence_monitor.yielded import to_be_copied
 
 WAITING = {
     *("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "histc"),

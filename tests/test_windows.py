@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from incoherence_monitor import MonitorConfig
-from incoherence_monitor.ops import cut_windows
+from incoherence_monitor.ops import copied, cut_windows
 from incoherence_monitor.windows import (
     WindowPlan,
     choose_window,
@@ -132,9 +132,38 @@ def test_windows_cut_out_are_slices_of_the_batch(masked):
     pieces = cut_windows(query, key, value, windows=chosen.windows)
     assert len(pieces) == 8
     for row, first, piece in zip(chosen.windows.rows.tolist(), chosen.windows.starts.tolist(), pieces, strict=True):
-        for whole, window in zip((query, key, value), piece[:3], strict=True):
+        for whole, window in zip((query, key), piece[:2], strict=True):
             assert torch.equal(window[0], whole[row, :, first : first + 32])
             assert window.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        torch.testing.assert_close(piece.value_length[0], value[row, :, first : first + 32].norm(dim=-1))
+
+
+@pytest.mark.parametrize("tokens_first", [True, False])
+@pytest.mark.parametrize("sequences", [1, 3, 9])
+def test_copies_are_the_windows_laid_out_alike(tokens_first, sequences):
+    """Few sequences give windows whose values are measured once, many give more tokens than the windows hold."""
+    heads = [torch.randn(sequences, 100, number, 5).transpose(1, 2) for number in (4, 2, 2)]
+    if not tokens_first:
+        heads = [each.contiguous() for each in heads]
+    chosen = choose(batch=sequences, length=100)
+    pieces = cut_windows(*heads, windows=chosen.windows)
+    copies = copied(pieces)
+    assert len(copies) == len(pieces)
+    for piece, copy in zip(pieces, copies, strict=True):
+        assert torch.equal(copy.query, piece.query)
+        assert torch.equal(copy.key, piece.key)
+        assert (copy.key.stride(1) < copy.key.stride(2)) is tokens_first
+        assert torch.equal(copy.value_length, piece.value_length)
+        assert copy.key.untyped_storage().data_ptr() != piece.key.untyped_storage().data_ptr()
+        assert copy.query.untyped_storage().data_ptr() != piece.query.untyped_storage().data_ptr()
+
+
+def test_layers_of_one_sample_share_a_draw_and_a_masked_batch_of_all_valid_tokens_has_the_same():
+    first, again = (choose(batch=5, length=300, seed=(0, 40, 0, 0)) for _ in range(2))
+    assert first.windows.starts is again.windows.starts
+    masked = choose(batch=5, length=300, seed=(0, 40, 0, 0), valid=torch.ones(5, 300, dtype=torch.bool))
+    assert torch.equal(masked.windows.starts, first.windows.starts)
+    assert torch.equal(masked.windows.rows, first.windows.rows)
 
 
 def test_draws_depend_on_the_seed_alone():

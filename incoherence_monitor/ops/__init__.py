@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from .gram import head_statistics, piece_statistics, smooth_statistics
-from .pieces import Piece, cut_windows
+from .pieces import Piece, copied, cut_windows
 from .reference import energy_field
 from .shapes import Windows, check_shapes
-from .shift import shift_residual, shift_vector
+from .shift import GradientSums, gradient_sums, shift_residual, shift_vector
 from .spectra import spectral_statistics
 from .weights import interaction_rank
 
 __all__ = [
+    "GradientSums",
     "Piece",
     "Windows",
     "check_shapes",
+    "copied",
     "cut_windows",
     "energy_field",
+    "gradient_sums",
     "head_statistics",
     "interaction_rank",
     "piece_statistics",

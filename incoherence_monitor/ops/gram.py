@@ -24,7 +24,7 @@ from . import fused
 from .constants import KEYS_EQUAL_BELOW
 from .launch import at_hand
 from .logits import ON_REQUEST, logit_statistics
-from .pieces import Piece, cut_windows
+from .pieces import Piece, cut_windows, lengths_of
 from .shapes import ELEMENTS_IN_CACHE, Windows, check_shapes, working_dtype
 from .spectra import cholesky_factor, inverse_of_factor, spectral_statistics, unit_trace
 
@@ -75,7 +75,8 @@ def smooth_statistics(
         query, key = windows.take(query), windows.take(key)
         value = None if value is None else windows.take(value)
         valid = None if valid is None else windows.take_tokens(valid)
-    return piece_statistics([Piece(query, key, value, valid)], scale=scale, also=also, causal=causal)
+    lengths = None if value is None else lengths_of(value)
+    return piece_statistics([Piece(query, key, lengths, valid)], scale=scale, also=also, causal=causal)
 
 
 def piece_statistics(
@@ -144,13 +145,16 @@ def _of_group(
     equal_BG = key_energy_BG <= KEYS_EQUAL_BELOW * raw_energy_BG
     factor_BGDD = cholesky_factor(key_gram_BGDD)
     whitening_BGDD = inverse_of_factor(factor_BGDD).mT
+    safe_BG = torch.where(key_energy_BG > 0, key_energy_BG, 1.0)
+    forms_BGRDD = query_gram_BGRDD / safe_BG[:, :, None, None, None]
     of_columns = [
-        _column_energies(keys, whitening, grams, room_NGLD)
-        for keys, whitening, grams in zip(
-            held, torch.split(whitening_BGDD, sizes), torch.split(query_gram_BGRDD, sizes), strict=True
+        _column_energies(keys, whitening, forms, room_NGLD)
+        for keys, whitening, forms in zip(
+            held, torch.split(whitening_BGDD, sizes), torch.split(forms_BGRDD, sizes), strict=True
         )
     ]
-    leverage_BG = torch.cat([largest for largest, _ in of_columns]) / torch.where(key_energy_BG > 0, key_energy_BG, 1.0)
+    leverage_BG, columns_BQ3 = (torch.cat(each) for each in zip(*of_columns, strict=True))
+    leverage_BG /= safe_BG
     result["key_leverage"] = torch.where(equal_BG, nan, count_B1 / dim * leverage_BG)
     result["query_participation_rank"] = torch.where(
         query_energy_BQ > 0, 1.0 / torch.linalg.matrix_norm(query_gram_BQDD).square(), nan
@@ -161,18 +165,18 @@ def _of_group(
     # ranks and shares do not depend on scale.
     core_BQDD = (factor_BGDD.mT[:, :, None] @ query_gram_BGRDD @ factor_BGDD[:, :, None]).flatten(1, 2)
     second_BQ = torch.linalg.matrix_norm(core_BQDD).square()
-    column_BQL = torch.cat([columns for _, columns in of_columns]).clamp(min=0)
-    safe_BQ = torch.where(key_energy_BG > 0, key_energy_BG, 1.0).repeat_interleave(group, dim=1)
-    first_BQ = torch.where(equal_BG.repeat_interleave(group, dim=1), 0.0, column_BQL.sum(dim=-1) / safe_BQ)
+    first_BQ, largest_BQ, square_BQ = columns_BQ3.unbind(dim=-1)
+    # Rounding may leave a little less than nothing of keys that differ in no direction that queries have.
+    first_BQ = torch.where(equal_BG.repeat_interleave(group, dim=1), 0.0, first_BQ.clamp(min=0))
     undefined_BQ = ~(first_BQ > 0)
-    share_BQL = column_BQL / torch.where(undefined_BQ, 1.0, first_BQ * safe_BQ)[:, :, None]
+    sum_BQ, safe_BQ = torch.where(undefined_BQ, nan, first_BQ), safe_BG.repeat_interleave(group, dim=1)
     energy_scale_BQ = abs(scale) * query_energy_BQ.sqrt() * safe_BQ.sqrt() * first_BQ.sqrt() / count_B1
     result["energy_scale"] = torch.where(count_B1 > 0, energy_scale_BQ, nan)
-    result["energy_participation_rank"] = torch.where(undefined_BQ, nan, first_BQ.square() / second_BQ)
-    result["energy_localization"] = torch.where(undefined_BQ, nan, count_B1 * share_BQL.amax(dim=-1))
-    result["energy_spread"] = torch.where(undefined_BQ, nan, 1.0 / (count_B1 * share_BQL.square().sum(dim=-1)))
+    result["energy_participation_rank"] = sum_BQ.square() / second_BQ
+    result["energy_localization"] = count_B1 * largest_BQ / sum_BQ
+    result["energy_spread"] = sum_BQ.square() / (count_B1 * square_BQ)
 
-    core_BQDD /= torch.where(undefined_BQ, nan, first_BQ)[:, :, None, None]
+    core_BQDD /= sum_BQ[:, :, None, None]
     return {name: value.float() for name, value in result.items()}, core_BQDD.float()
 
 
@@ -233,27 +237,34 @@ def _token_sums(
     of_groups = torch.unflatten(piece.query, 1, (key_heads, -1))
     grams = [gram(widen(of_groups[:, :, member], room_NGLD)) for member in range(of_groups.shape[2])]
     sums["query_gram"] = torch.stack(grams, dim=2).flatten(1, 2)
-    if piece.value is not None:
-        squares = widen(piece.value, room_NGLD).square_().sum(dim=-1)
-        sums["value_length"] = squares.sqrt_().sum(dim=-1)
+    if piece.value_length is not None:
+        lengths = (
+            piece.value_length if invalid_N1L1 is None else piece.value_length.masked_fill(invalid_N1L1[..., 0], 0.0)
+        )
+        sums["value_length"] = lengths.sum(dim=-1, dtype=keys.dtype)
     return sums
 
 
 def _column_energies(
-    centred_NGLD: Tensor, whitening_NGDD: Tensor, query_gram_NGRDD: Tensor, room_NGLD: Tensor
+    centred_NGLD: Tensor, whitening_NGDD: Tensor, forms_NGRDD: Tensor, room_NGLD: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A second pass over the keys: kc_j^T B^-1 kc_j at its largest, [N, G]; and kc_j^T A kc_j, [N, Q, L]."""
+    """A second pass over the keys.
+
+    Returns:
+        The largest kc_j^T B^-1 kc_j, [N, G]; of kc_j^T A kc_j for each form A the sum, the largest and the sum of
+        squares, [N, Q, 3].
+    """
     keys, room = centred_NGLD.flatten(0, 1), room_NGLD.flatten(0, 1)
 
     def times(matrix_NGDD: Tensor) -> Tensor:
         return torch.bmm(keys, matrix_NGDD.flatten(0, 1), out=room)
 
     largest = times(whitening_NGDD).square_().sum(dim=-1).amax(dim=-1).reshape(centred_NGLD.shape[:2])
-    columns = [
-        times(query_gram_NGRDD[:, :, member]).mul_(keys).sum(dim=-1).reshape(centred_NGLD.shape[:3])
-        for member in range(query_gram_NGRDD.shape[2])
-    ]
-    return largest, torch.stack(columns, dim=2).flatten(1, 2)
+    of_forms = []
+    for member in range(forms_NGRDD.shape[2]):
+        column = times(forms_NGRDD[:, :, member]).mul_(keys).sum(dim=-1)
+        of_forms.append(torch.stack([column.sum(dim=-1), column.amax(dim=-1), column.square_().sum(dim=-1)], dim=-1))
+    return largest, torch.stack(of_forms, dim=1).reshape(*centred_NGLD.shape[:2], -1, 3).flatten(1, 2)
 
 
 @torch.no_grad()

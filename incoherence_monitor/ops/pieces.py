@@ -5,19 +5,28 @@ Layer 1: imports torch and shapes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .shapes import Windows
 
 
 class Piece(NamedTuple):
-    """Windows to work on together: [N, Hq, L, d], [N, Hk, L, d], [N, Hk, L, dv] and bool [N, L], any strides."""
+    """Windows to work on together.
+
+    Attributes:
+        query: [N, Hq, L, d], any strides.
+        key: [N, Hk, L, d], any strides.
+        value_length: lengths of values, [N, Hk, L]; all that is asked of them, so values are not kept. None without.
+        valid: bool [N, L]; None if all tokens are valid.
+    """
 
     query: Tensor
     key: Tensor
-    value: Tensor | None
+    value_length: Tensor | None
     valid: Tensor | None
 
     @property
@@ -25,15 +34,11 @@ class Piece(NamedTuple):
         """Memory that its tensors take."""
         return sum(each.nbytes for each in self if each is not None)
 
-    def copy(self) -> Piece:
-        """The same in memory of its own, laid out alike."""
-        return Piece(*(None if each is None else each.clone() for each in self))  # type: ignore[arg-type]
-
     def split(self, heads: int) -> list[Piece]:
         """Pieces of so many key heads, which divides their number."""
         number = self.key.shape[1] // heads
         queries, keys = self.query.chunk(number, dim=1), self.key.chunk(number, dim=1)
-        values = [None] * number if self.value is None else self.value.chunk(number, dim=1)
+        values = [None] * number if self.value_length is None else self.value_length.chunk(number, dim=1)
         return [Piece(*each, self.valid) for each in zip(queries, keys, values, strict=True)]
 
 
@@ -52,7 +57,7 @@ def cut_windows(
     Returns:
         N pieces of one window each, detached.
     """
-    tensors = [None if each is None else each.detach() for each in (query, key, value)]
+    length = key.shape[2]
     if windows is None:
         places = [(row, slice(None)) for row in range(len(query))]
     else:
@@ -61,11 +66,52 @@ def cut_windows(
             (row, slice(start, start + length)) for row, start in zip(rows.tolist(), starts.tolist(), strict=True)
         ]
 
-    def cut(row: int, tokens: slice) -> Piece:
-        heads = [None if each is None else each[row : row + 1, :, tokens] for each in tensors]
-        query, key, value = heads
-        assert query is not None
-        assert key is not None
-        return Piece(query, key, value, None if valid is None else valid[row : row + 1, tokens])
+    def cut(tensor: Tensor) -> list[Tensor]:
+        tensor = tensor.detach()
+        return [tensor[row : row + 1, :, tokens] for row, tokens in places]
 
-    return [cut(row, tokens) for row, tokens in places]
+    masks = [None if valid is None else valid[row : row + 1, tokens] for row, tokens in places]
+    none: list[None] = [None] * len(places)
+    if value is None:
+        lengths: Sequence[Tensor | None] = none
+    elif 2 * len(places) * length >= value.shape[0] * value.shape[2]:
+        # One pass over all sequences is less work than one over each window.
+        whole = lengths_of(value)
+        lengths = [whole[row : row + 1, :, tokens] for row, tokens in places]
+    else:
+        lengths = [lengths_of(each) for each in cut(value)]
+    return [Piece(*each) for each in zip(cut(query), cut(key), lengths, masks, strict=True)]
+
+
+def lengths_of(value: Tensor) -> Tensor:
+    """Lengths of values.
+
+    Args:
+        value: [N, Hk, L, dv], any float dtype and strides.
+
+    Returns:
+        [N, Hk, L], float64 where values are and else float32, in which squares of values above 1e19 overflow.
+    """
+    wide = torch.promote_types(value.dtype, torch.float32)
+    # Tokens before heads, as projections leave them in memory: in that order a pass takes half the time.
+    lengths: Tensor = torch.linalg.vector_norm(value.transpose(1, 2), dim=-1, dtype=wide)
+    return lengths.transpose(1, 2)
+
+
+def copied(pieces: Sequence[Piece]) -> list[Piece]:
+    """The same pieces in memory of their own, ordered alike, in as few operations as there are tensors of one.
+
+    Args:
+        pieces: of like shapes; at least one.
+    """
+
+    def together(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        sizes = [len(each) for each in tensors]
+        if tensors[0].dim() < 4 or tensors[0].stride(1) > tensors[0].stride(2):
+            return torch.cat(tensors).split(sizes)  # type: ignore[no-any-return, no-untyped-call]
+        # Tokens before heads, as projections leave them in memory: they are copied as they lie.
+        return torch.cat([each.transpose(1, 2) for each in tensors]).transpose(1, 2).split(sizes)  # type: ignore[no-any-return, no-untyped-call]
+
+    queries, keys = together([piece.query for piece in pieces]), together([piece.key for piece in pieces])
+    valid = [None if piece.valid is None else piece.valid.clone() for piece in pieces]
+    return [Piece(q, k, piece.value_length, v) for q, k, v, piece in zip(queries, keys, valid, pieces, strict=True)]

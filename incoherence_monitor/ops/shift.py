@@ -9,6 +9,8 @@ Layer 1: imports torch and shapes.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,27 @@ FLOOR = 1e-12
 """Smallest residual told apart from an exact zero, whose logarithm would not be finite."""
 LEAST = 1e-18
 """Mean norm of a key's gradient below which it trains nothing and may be rounding alone, which sums to anything."""
+
+
+class GradientSums(NamedTuple):
+    """What the residual needs of a gradient: little, from few operations.
+
+    Attributes:
+        total: sum_j dL/dk_j, [B, Hk, d].
+        lengths: sum_j ||dL/dk_j||, [B, Hk].
+        tokens: L.
+    """
+
+    total: Tensor
+    lengths: Tensor
+    tokens: int
+
+    def residual(self) -> Tensor:
+        """[B, Hk], as `shift_residual` returns it."""
+        wide = working_dtype(self.total.device)
+        length, lengths = torch.linalg.vector_norm(self.total, dim=-1, dtype=wide), self.lengths.to(wide)
+        defined = torch.isfinite(lengths) & (lengths > LEAST * self.tokens)
+        return torch.where(defined, (length / lengths).clamp(min=FLOOR), torch.nan)
 
 
 def shift_residual(grad: Tensor) -> Tensor:
@@ -31,33 +54,43 @@ def shift_residual(grad: Tensor) -> Tensor:
         grad: [B, Hk, L, d], gradient of the keys that attention received, any float dtype and strides.
 
     Returns:
-        [B, Hk] in [`FLOOR`, 1], float64 (float32 on a device without it); NaN where the gradients are below
-        `LEAST` or one is not finite.
+        [B, Hk] in [`FLOOR`, 1], float64 (float32 on a device without it); NaN where the mean length of a gradient is
+        below `LEAST`, or on a CPU above 1e18 in a narrower dtype than float64, or one is not finite.
     """
-    total, parts = _sums(grad)
-    residual = (torch.linalg.vector_norm(total, dim=-1) / parts).clamp(min=FLOOR)
-    return torch.where(torch.isfinite(parts) & (parts > LEAST * grad.shape[2]), residual, torch.nan)
+    return gradient_sums(grad).residual()
 
 
-def _sums(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_j dL/dk_j, [B, Hk, d], and sum_j ||dL/dk_j||, [B, Hk]."""
-    # A half-precision sum over a long sequence would add the very noise that is to be measured; squares of a scaled
-    # or a tiny gradient over- or underflow in float32.
-    wide = working_dtype(grad.device)
-    if grad.device.type != "cpu":
-        lengths = torch.linalg.vector_norm(grad, dim=-1, dtype=wide)
-        return grad.sum(dim=2, dtype=wide), lengths.sum(dim=-1)
-    # Some tokens of one sequence at a time: they stay in a CPU's cache, and memory does not grow with the sequence.
+def gradient_sums(grad: Tensor) -> GradientSums:
+    """The sums of a gradient over tokens.
+
+    On a CPU they are float32 for narrower gradients too: torch adds by halves, so a sum over L tokens is off by some
+    1e-7 over the root of L of the sum of lengths, less than what a healthy float32 backward leaves.
+
+    Args:
+        grad: [B, Hk, L, d], any float dtype and strides.
+
+    Returns:
+        The sums, on its device.
+    """
+    # A half-precision sum over a long sequence would add the very noise that is to be measured.
     batch, heads, length, dim = grad.shape
-    tokens = min(length, max(1, ELEMENTS_IN_CACHE // (heads * dim)))
-    room = torch.empty_like(grad[:1, :, :tokens], dtype=wide)
-    totals, parts = room.new_zeros(batch, heads, dim), room.new_zeros(batch, heads)
-    for at, one in enumerate(torch.split(grad, 1)):
-        for some in torch.split(one, tokens, dim=2):
-            part = room[:, :, : some.shape[2]].copy_(some)
-            totals[at] += part.sum(dim=2)[0]
-            parts[at] += part.square_().sum(dim=-1).sqrt_().sum(dim=-1)[0]
-    return totals, parts
+    if grad.device.type != "cpu":
+        wide = working_dtype(grad.device)
+        lengths = torch.linalg.vector_norm(grad, dim=-1, dtype=wide)
+        return GradientSums(grad.sum(dim=2, dtype=wide), lengths.sum(dim=-1), length)
+    # Tokens before heads, as projections leave them in memory: in that order a pass takes half the time.
+    ordered = grad.transpose(1, 2)
+    if grad.dtype in (torch.float32, torch.float64):
+        return GradientSums(ordered.sum(dim=1), torch.linalg.vector_norm(ordered, dim=-1).sum(dim=1), length)
+    # A cast copy of some tokens at a time stays in a CPU's cache, and memory does not grow with the sequence.
+    tokens = max(1, ELEMENTS_IN_CACHE // (batch * heads * dim))
+    total = torch.zeros(batch, heads, dim, dtype=torch.float64, device=grad.device)
+    lengths = total.new_zeros(batch, heads)
+    for some in torch.split(ordered, tokens, dim=1):
+        part = some.float()
+        total += part.sum(dim=1)
+        lengths += torch.linalg.vector_norm(part, dim=-1).sum(dim=1)
+    return GradientSums(total, lengths, length)
 
 
 def shift_vector(grad: Tensor) -> Tensor:
@@ -67,7 +100,8 @@ def shift_vector(grad: Tensor) -> Tensor:
         grad: [B, Hk, L, d].
 
     Returns:
-        [B, Hk, d] as `shift_residual`, NaN where it is undefined.
+        [B, Hk, d], float64 (float32 on a device without it), NaN where every gradient is zero.
     """
-    total, parts = _sums(grad)
-    return total / parts[..., None]
+    total, lengths, _ = gradient_sums(grad)
+    wide = working_dtype(grad.device)
+    return total.to(wide) / lengths.to(wide)[..., None]
