@@ -11,6 +11,10 @@ from hypothesis import strategies as st
 
 scoring = pytest.importorskip("benchmarks.detection.scoring", reason="benchmarks are not part of this checkout")
 scipy_stats = pytest.importorskip("scipy.stats")
+pytest.importorskip("transformers")
+
+from benchmarks.detection import compare, judged, plan, recorded
+from incoherence_monitor.records import LayerInfo, Layout
 
 HEAD = ("key", 2, 1)
 ONE = scoring.Truth(onset=5, scope="one", right=frozenset({HEAD, ("query", 2, 1)}))
@@ -144,3 +148,22 @@ def test_summary():
     nothing = scoring.summarise([], [])
     assert math.isnan(nothing.found.value)
     assert math.isnan(nothing.delays[1])
+
+
+def test_the_bench_scores_what_a_user_is_told():
+    """Rules that wait for a training step wait for that step, not for as many samples: the model's is one."""
+    layout = Layout(tuple(LayerInfo(f"layer{at}", at, 8, 8, 64, window=64) for at in range(2)))
+    draw = np.random.default_rng(0)
+    values = np.exp(0.02 * draw.standard_normal((70, layout.size)))
+    values[50:, layout.slices["energy_scale"]] *= np.exp(0.08 * np.arange(1, 21))[:, None]
+    steps, losses = 5 * np.arange(70), np.full(350, 3.0)
+    spec = plan.RunSpec(
+        "fault", "fault", "gqa", 0, 1e-3, "tune", parent="twin", what="wk_scale", scope="all", start=250
+    )
+    heads = frozenset(("query", layer, head) for layer in range(2) for head in range(8))
+    run = recorded.Recorded(spec, layout, steps, values, losses, losses, np.zeros((70, 16)), heads)
+    told = judged.judge_run(run, losses).told
+    series = compare.ours(run, {})["alerts"]
+    assert {alert.kind for _, alert in told} == {"model"}
+    assert np.flatnonzero(series.score).tolist() == sorted({at for at, _ in told})
+    assert scoring.detect(series.score, series.places, 1.0, run.truth).right

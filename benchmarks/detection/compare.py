@@ -66,14 +66,14 @@ class Replay:
         self.places = list[Place | None]()
         self.alerts = list[tuple[Alert, ...]]()
 
-    def feed(self, logs: FloatArray) -> None:
-        """Judge one sample, [S] log values.
+    def feed(self, logs: FloatArray, step: int) -> None:
+        """Judge the sample of a training step, [S] log values.
 
         Its score is the largest evidence over its threshold, where the sample itself still departs to that side.
         """
-        at, known = len(self.score), np.isfinite(logs)
+        known = np.isfinite(logs)
         sums = SampleSums(self._layout, np.where(known, logs, 0), known.astype(np.float64), np.zeros(len(logs)), 0)
-        judged = self._judge.judge(sums, step=at)
+        judged = self._judge.judge(sums, step=step)
         verdict = judged.verdict
         heads = _where_it_lasts(verdict.evidence, verdict.deviation)
         layers = _where_it_lasts(verdict.layer_evidence, verdict.layer_deviation)
@@ -113,10 +113,11 @@ def replayed(layout: Layout, logs: FloatArray, config: MonitorConfig, key: str, 
     """
     place = (key, run.spec.parent, run.onset, layout.statistics)
     replay = copy.deepcopy(past[place]) if place in past else Replay(layout, config)
-    for row in logs[len(replay.score) :]:
+    begun = len(replay.score)
+    for step, row in zip(run.steps[begun:], logs[begun:], strict=True):
         if len(replay.score) == run.onset > 0:
             past[place] = copy.deepcopy(replay)
-        replay.feed(row)
+        replay.feed(row, int(step))
     return replay
 
 
