@@ -2,7 +2,7 @@
 
 What may wait is bounded, so that a slow worker costs time, which is counted, and not memory.
 
-Layer 3: imports torch alone.
+Layer 3: imports cores and worker.
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 import torch
+
+from .cores import cores
+from .worker import Worker
 
 T = TypeVar("T")
 
@@ -27,7 +31,7 @@ class Aside:
 
     def __init__(self) -> None:
         """Start no thread yet."""
-        self._worker: ThreadPoolExecutor | None = None
+        self._worker = Worker("incoherence_monitor")
         self._waiting: deque[tuple[Future[object], int]] = deque()
         self.waited = 0.0
 
@@ -57,10 +61,8 @@ class Aside:
         Returns:
             Its result, or the exception it raised.
         """
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="incoherence_monitor")
         self.make_room(held)
-        future = self._worker.submit(_without_gradient, call)
+        future = self._worker.submit(partial(_without_gradient, call))
         if held:
             self._waiting.append((future, held))  # type: ignore[arg-type]  # Read for whether it is done alone.
         return future
@@ -91,8 +93,7 @@ class Aside:
 
     def close(self) -> None:
         """Finish what has been begun and let the thread go."""
-        if self._worker is not None:
-            self._worker.shutdown()
+        self._worker.close()
 
 
 def _without_gradient(call: Callable[[], T]) -> T:
@@ -108,7 +109,6 @@ def spare_core() -> bool:
     """
     if torch.get_num_threads() > 1:
         return False
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Launchers that start a process a core say how many there are, and give each one thread.
     told = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return cores > (int(told) if told.isdigit() else 1)
+    return cores() > (int(told) if told.isdigit() else 1)

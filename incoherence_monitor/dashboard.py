@@ -1,13 +1,15 @@
 """What becomes of a judged sample: metrics, distributions, tables, pictures and history, each at its time.
 
-Layer 4: imports judge, keeping, alerts, metrics, trackers; history, figures and field when they are used.
+Layer 4: imports judge, keeping, alerts, metrics, trackers, worker; history, figures and field when they are used.
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from .metrics import HEADS_CHARTED_EVER, Charted, HeadPlace, distributions, drif
 from .records import Alert, RecordedSample, head_label
 from .reporting import Reporter
 from .trackers import PREFIX, CompositeTracker, Picture, as_tracker, sections
+from .worker import Worker
 
 if TYPE_CHECKING:
     from .history import History, HistoryWriter
@@ -70,7 +73,8 @@ class Dashboard:
         self._memory: deque[RecordedSample] = deque(maxlen=keep_in_memory)
         self._writer: HistoryWriter | None = None
         self._since_picture = PICTURE_EVERY
-        self._worker: ThreadPoolExecutor | None = None
+        self._worker = Worker("incoherence_monitor_pictures")
+        self._process = os.getpid()
         self._drawing: tuple[int, Future[dict[str, Picture]]] | None = None
         self._fields: deque[tuple[int, Future[dict[str, Picture]]]] = deque()
         self._waiting: tuple[JudgedSample, list[HeadPlace]] | None = None
@@ -88,6 +92,11 @@ class Dashboard:
         made = [as_tracker(tracker, directory=directory) for tracker in trackers]
         self._trackers = CompositeTracker(made, reporter.guard)
 
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child of the process that opened files and trackers, to which they are left."""
+        return os.getpid() != self._process
+
     def publish(self, judged: JudgedSample, book: AlertBook, *, alerts: int, cost: Mapping[str, float]) -> None:
         """Write one judged sample.
 
@@ -98,10 +107,18 @@ class Dashboard:
             cost: the monitor's own, `sample_ms`, `share` and `wait_ms`.
         """
         writer = self._writer
-        if writer is None:
+        if writer is None or self.forked:
             self._memory.append(judged.recorded)
         else:
             self._reporter.guard("writing the history", lambda: writer.append(judged.recorded))
+        if self.forked:
+            self._reporter.notice(
+                "forked",
+                "this process was forked from the one that the monitor was made in, where history, trackers and "
+                "pictures stay: here samples are judged and kept in memory alone. Make the monitor in the process "
+                "that trains",
+            )
+            return
         self._deliver()
         drifting = book.open_heads()
         if self._trackers.trackers:
@@ -151,12 +168,10 @@ class Dashboard:
 
     def wants_pictures(self) -> bool:
         """Whether pictures are wanted and can be drawn."""
-        return self._drawable and (self._directory is not None or bool(self._trackers.trackers))
+        return self._drawable and not self.forked and (self._directory is not None or bool(self._trackers.trackers))
 
     def _on_worker(self, draw: Callable[..., dict[str, Picture]], *given: Any) -> Future[dict[str, Picture]]:
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="incoherence_monitor_pictures")
-        return self._worker.submit(draw, *given)
+        return self._worker.submit(partial(draw, *given))
 
     def draw_field(self, window: KeptWindow, *, step: int) -> None:
         """Draw the energy field of a head under alert, off the training thread.
@@ -165,7 +180,8 @@ class Dashboard:
             window: one window of it.
             step: training step of the sample that the window is from.
         """
-        self._fields.append((step, self._on_worker(self._draw_field, window, step)))
+        if not self.forked:
+            self._fields.append((step, self._on_worker(self._draw_field, window, step)))
 
     def _draw_field(self, window: KeptWindow, step: int) -> dict[str, Picture]:
         from . import figures
@@ -241,7 +257,7 @@ class Dashboard:
             tell: says it.
             samples: taken so far; it is left after the first and every 50th one behind that.
         """
-        if self._directory is not None and samples % PICTURE_EVERY == 1:
+        if self._directory is not None and samples % PICTURE_EVERY == 1 and not self.forked:
             save(tell(), self._directory)
 
     def _hand_on(self, step: int, future: Future[dict[str, Picture]]) -> None:
@@ -253,7 +269,8 @@ class Dashboard:
 
     def flush(self) -> None:
         """Wait for the picture in flight."""
-        self._deliver(wait=True)
+        if not self.forked:
+            self._deliver(wait=True)
 
     def history(self) -> History:
         """Read back what has been recorded.
@@ -263,7 +280,7 @@ class Dashboard:
         """
         from .history import History
 
-        if self._directory is not None:
+        if self._directory is not None and not self.forked:
             return History.open(self._directory)
         if not self._memory:
             raise HistoryError("No sample has been taken yet, so there is no history.")
@@ -271,6 +288,8 @@ class Dashboard:
 
     def close(self, latest: JudgedSample | None, book: AlertBook | None, alerts: list[Alert]) -> None:
         """Draw the last picture, write the summary, close history and trackers."""
+        if self.forked:
+            return
         self._deliver(wait=True)
         if latest is not None and book is not None:
             drifting = book.open_heads()
@@ -282,8 +301,7 @@ class Dashboard:
             summary = {"first_alert": first, "worst_deviation": worst, "drifting_heads": float(book.drifting)}
             summary["armed"] = latest.verdict.armed_share
             self._trackers.summary({f"{PREFIX}/{name}": value for name, value in summary.items()})
-        if self._worker is not None:
-            self._worker.shutdown()
+        self._worker.close()
         if self._writer is not None:
             self._reporter.guard("closing the history", self._writer.close)
         self._trackers.close()

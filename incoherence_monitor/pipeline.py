@@ -246,7 +246,7 @@ class Pipeline:
         self._commands.append(command)
 
     def _look_for_commands(self, step: int) -> None:
-        if self._inbox is not None:
+        if self._inbox is not None and not self._dashboard.forked:
             self._commands += self._inbox.take(self.judge.layout, step=step)
 
     def _with_loss(self, sums: SampleSums, losses: Callable[[], list[float]]) -> SampleSums:

@@ -163,13 +163,16 @@ def test_nothing_that_is_done_is_kept(monkeypatch):
 
 
 def test_a_spare_core_is_one_that_operations_leave_alone(monkeypatch):
-    monkeypatch.setattr(aside.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(aside, "cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert aside.spare_core()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not aside.spare_core()
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert not aside.spare_core()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(aside.os, "sched_getaffinity", lambda _: {0}, raising=False)
+    monkeypatch.setattr(aside, "cores", lambda: 1)
     assert not aside.spare_core()
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from incoherence_monitor import IncoherenceMonitor, MonitorConfig, head_statistics
+from incoherence_monitor.capture import taps
 from incoherence_monitor.errors import ModelError
 
 pytest.importorskip("transformers")
@@ -328,14 +329,18 @@ def test_attached_too_late_to_a_compiled_model_is_told_with_the_cause(one_thread
         AttentionInterface.get_interface = current
 
 
-def test_a_compiled_model_compiles_once_more_and_never_again(one_thread):
+@pytest.mark.parametrize("first", [0, 1], ids=["sampled first", "idle first"])
+def test_a_compiled_model_compiles_once_more_and_never_again(first, one_thread, monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    # As in a process where nothing has been armed yet: Dynamo guards on where an attribute lies, too.
+    monkeypatch.setattr(taps.SWITCH, "__dict__", vars(taps.Switch()))
     model = tiny_model("llama").train()
     with IncoherenceMonitor(model, every=2, config=CONFIG) as monitor:
-        compiled = torch.compile(model, fullgraph=True)
+        # Ahead-of-time tracing has the guards and graphs of Inductor.
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         graphs = []
-        for step, batch in enumerate(batches(8)):
+        for step, batch in enumerate(batches(8), start=first):
             with monitor.step(step):
                 compiled(**batch, use_cache=False).loss.backward()
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])

@@ -13,7 +13,7 @@ import incoherence_monitor
 
 PACKAGE = Path(incoherence_monitor.__file__).parent
 LAYERS = [
-    {"errors", "reporting", "coverage", "transfer"},
+    {"errors", "reporting", "coverage", "transfer", "cores", "worker"},
     {"ops"},
     {
         "stats",

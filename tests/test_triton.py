@@ -118,13 +118,18 @@ def test_without_triton_nothing_is_missing():
     assert ran.stdout.split() == ["False", "False"], ran.stderr
 
 
-def test_a_device_on_which_no_kernel_starts_is_told_once_and_left_to_batched_torch(monkeypatch):
+@pytest.mark.filterwarnings("error")
+def test_a_device_on_which_no_kernel_starts_is_told_once_and_left_to_batched_torch(monkeypatch, caplog):
+    """Also where the user has made warnings errors."""
+
     def refuse(*arguments, **more):
         raise RuntimeError("Failed to find C compiler.")
 
     monkeypatch.setattr(launch, "launch", refuse)
     launch._launches.cache_clear()
-    with pytest.warns(RuntimeWarning, match="Failed to find C compiler.*batched torch"):
-        assert not launch._launches(torch.device("cpu"))
+    assert not launch._launches(torch.device("cpu"))
     assert not launch._launches(torch.device("cpu"))
     launch._launches.cache_clear()
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "incoherence_monitor"]
+    assert "Failed to find C compiler" in told
+    assert "batched torch" in told

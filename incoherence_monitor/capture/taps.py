@@ -33,8 +33,12 @@ _DECLARED = ("num_attention_heads", "num_key_value_heads", "hidden_size")
 class Switch:
     """Whether any capture is armed, on which Dynamo guards; and the one that runs a probe now, if any."""
 
-    armed = False
-    probe: TapOwner | None = None
+    def __init__(self) -> None:
+        """Not armed, no probe."""
+        # The object's own from the start: Dynamo also guards on where an attribute lies, and what it compiled while
+        # this was the class's would be compiled anew after the first sampled step.
+        self.armed = False
+        self.probe: TapOwner | None = None
 
 
 SWITCH = Switch()

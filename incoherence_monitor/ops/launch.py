@@ -1,11 +1,10 @@
 """When the Triton kernels may be used, and how one is launched.
 
-Layer 1: imports torch; `kernels`, and with them triton, when the first kernel is launched.
+Layer 1: imports reporting; `kernels`, and with them triton, when the first kernel is launched.
 """
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..reporting import logger
 from .shapes import Windows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,11 +49,13 @@ def _launches(device: torch.device) -> bool:
         launch("ridged_kernel", square, 1, square, square.double(), 1.0, 16, SCALED=False)
     # Whatever it is, an old card or no C compiler: batched torch gives the same numbers.
     except Exception as error:
-        warnings.warn(
-            f"The fused kernels do not run on {device} ({type(error).__name__}: {error}). Statistics are computed by "
-            "batched torch operations there, which give the same numbers and take longer.",
-            RuntimeWarning,
-            stacklevel=2,
+        # Logged, not warned: where a user has made warnings errors, this would be one at every call.
+        logger.warning(
+            "incoherence_monitor: the fused kernels do not run on %s (%s: %s). Statistics are computed by batched "
+            "torch operations there, which give the same numbers and take longer.",
+            device,
+            type(error).__name__,
+            error,
         )
         return False
     return True
