@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from incoherence_monitor import Alert, MonitorConfig
+from incoherence_monitor import Alert, MonitorConfig, modelwide
 from incoherence_monitor.alerts import CALM_SAMPLES
 from incoherence_monitor.causes import likely_cause
 from incoherence_monitor.commands import Accept, Checkpoints, Mute
@@ -99,6 +99,20 @@ def test_absolute_rules_never_accept_themselves():
     assert (alert.layer, alert.head) == ("layer0", 1)
     assert not events_of(samples)
     assert judge.book.confirmed_critical
+
+
+def test_the_model_is_told_once_where_it_is_judged_less_often_than_sampled(monkeypatch):
+    """Between two samples of which the model is judged its episode is neither calm nor seen again."""
+    monkeypatch.setattr(modelwide, "SPACING", 5)
+    values = noise(180)
+    values[150:, LAYOUT.slices["energy_scale"]] += 0.8
+    judge, samples = judge_all(values[:160])
+    assert [(alert.step, alert.kind) for alert in alerts_of(samples)] == [(155, "model")]
+    assert not judge.book.confirmed_critical
+    _, rest = judge_all(values[160:], judge, start=160)
+    assert judge.book.confirmed_critical
+    assert not alerts_of(rest)
+    assert not events_of([*samples, *rest])
 
 
 @pytest.mark.parametrize(("statistic", "bound"), [("energy_scale", 15.0), ("shift_residual", 3e-4)])
