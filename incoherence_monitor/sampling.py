@@ -24,7 +24,7 @@ from .aside import Aside, spare_core
 from .capture import AttentionInput
 from .config import MonitorConfig, check_count
 from .keeping import WindowKeeper
-from .ops import Piece, check_shapes, cut_windows, piece_statistics, shift_residual, smooth_statistics
+from .ops import Piece, check_shapes, cut_windows, piece_statistics, shift_residual, smooth_statistics, too_alike
 from .records import LayerInfo, Layout
 from .shares import Shares
 from .stats import statistic
@@ -49,10 +49,10 @@ class LayerWindows:
     parts: list[Future[Part] | dict[str, Tensor]] = field(default_factory=list)
     residuals: list[Tensor] = field(default_factory=list)
 
-    def take_gradient(self, sequences: int, grad: Tensor) -> None:
+    def take_gradient(self, sequences: int, missing: Tensor | None, grad: Tensor) -> None:
         """Take the gradient of one call's keys, [B, Hk, L, d], of so many sequences at most."""
         if grad.shape[1] == self.info.key_heads:
-            self.residuals.append(shift_residual(grad[:sequences]).float())
+            self.residuals.append(shift_residual(grad[:sequences], missing=missing).float())
 
 
 class WindowSampler:
@@ -124,7 +124,8 @@ class WindowSampler:
             held = self._open.setdefault(given.layer, LayerWindows(layer))
             if given.gradient is not None:
                 # Whole sequences, since the identity holds for no part of one; as many as there are windows.
-                given.gradient(partial(held.take_gradient, sum(part)))
+                alike = too_alike(given.value, given.precision, sum(part))
+                given.gradient(partial(held.take_gradient, sum(part), alike))
             chosen = select_windows(
                 batch=batch,
                 length=length,

@@ -6,7 +6,7 @@ from .gram import head_statistics, piece_statistics, smooth_statistics
 from .pieces import Piece, cut_windows
 from .reference import energy_field
 from .shapes import Windows, check_shapes
-from .shift import shift_residual, shift_vector
+from .shift import shift_residual, shift_vector, too_alike
 from .spectra import spectral_statistics
 from .weights import interaction_rank
 
@@ -23,4 +23,5 @@ __all__ = [
     "shift_vector",
     "smooth_statistics",
     "spectral_statistics",
+    "too_alike",
 ]
