@@ -1,8 +1,8 @@
 """From findings to alerts: each episode is told once.
 
-An **episode** opens with an alert and closes after a few calm samples, when its values have come to rest at another
-level, or when a user accepts it; while it is open nothing more is told about its head. A query head whose key head is
-drifting is part of that. A muted episode opens and closes without a word.
+An **episode** opens with an alert and closes after a few calm samples (well below the bound, if it is of one), when
+its values have come to rest at another level, or when a user accepts it; while it is open nothing more is told about
+its head. A query head whose key head is drifting is part of that. A muted episode opens and closes without a word.
 
 Layer 2: imports causes, episodes, findings, loss, messages, records and stats.
 """
@@ -54,6 +54,7 @@ class AlertBook:
         observed: BoolArray,
         heard: Iterable[Finding] | None = None,
         muted: BoolArray | None = None,
+        lingering: Mapping[str, Marked] | None = None,
         losses: Sequence[tuple[int, float]] = (),
         checkpoints: Mapping[int, str] | None = None,
     ) -> tuple[list[Alert], list[Event]]:
@@ -66,6 +67,7 @@ class AlertBook:
             observed: [S] whether a stream had a value; one without is neither calm nor restless.
             heard: findings without what is muted; None if nothing is.
             muted: [S] streams that are muted; None if none is.
+            lingering: by absolute rule, what is still so near its bound that an episode of it is not over.
             losses: (step, loss), oldest first.
             checkpoints: paths of the checkpoints that exist, by step.
 
@@ -76,7 +78,7 @@ class AlertBook:
         grouped = group(self.layout, findings, verdict)
         audible = grouped if heard is None else group(self.layout, heard, verdict)
         # A head that is now told with its layer or the model is still seen itself.
-        closed = self._settle([*findings, *grouped], verdict, observed, step)
+        closed = self._settle([*findings, *grouped], verdict, observed, lingering or {}, step)
         opened = []
         for found in sorted(audible, key=_order):
             known = self.episodes.get(found.place)
@@ -212,22 +214,29 @@ class AlertBook:
         # An absolute rule is not silenced by a drift that was told as a warning before.
         return any(other is not None and (found.rule == "drift" or other.rule != "drift") for other in wider)
 
-    def _settle(self, found_now: list[Finding], verdict: Verdict, observed: BoolArray, step: int) -> list[Event]:
+    def _settle(
+        self, found_now: list[Finding], verdict: Verdict, observed: BoolArray, near: Mapping[str, Marked], step: int
+    ) -> list[Event]:
         """Confirm the episodes that are still seen, close those that have been calm for long enough."""
         if not self.episodes:
             return []
-        found_places = {found.place for found in found_now}
-        restless, with_data = Marked(self.layout, verdict.restless), Marked(self.layout, observed)
+        places, restless = {found.place for found in found_now}, Marked(self.layout, verdict.restless)
+        with_data = Marked(self.layout, observed)
         absolute = any(found.rule != "drift" for found in found_now)
         model = self.episodes.get(MODEL)
         whole = verdict.model_restless.any() or (model is not None and model.rule != "drift" and absolute)
         events = []
         for place, episode in list(self.episodes.items()):
-            seen = place in found_places or (bool(whole) if place == MODEL else place in restless)
+            if place == MODEL and episode.rule == "drift" and not verdict.model_judged:
+                episode.age += 1
+                continue
+            seen = place in places or (bool(whole) if place == MODEL else place in restless)
             seen |= place[0] == "layer" and bool(verdict.layer_restless[:, place[1]].any())
             episode.age += seen or place in with_data
             if seen:
                 episode.calm, episode.confirmed = 0, True
+            elif place in near.get(episode.rule, ()):
+                episode.calm = 0  # A value that hovers about its bound is one episode, not many.
             elif place in with_data:
                 episode.calm += 1
                 if episode.calm >= CALM_SAMPLES:

@@ -6,7 +6,7 @@ docs/detection.md for what was tried):
 - **cohort-relative**: a head's departure from its baseline less the median departure of its cohort, in units of both
   scales together. It takes out what all heads do at once: learning rate, data, early training.
 - **layer-wise**: what the heads of a layer do together (layerwise.py).
-- **model-wide**: the median over heads of each head's departure from its own baseline.
+- **model-wide**: the median over heads of each head's departure from its own baseline (modelwide.py).
 
 Departures add up to **evidence**, a running mean over the last few samples. A family is one statistic of one cohort;
 its threshold is a multiple of what its largest evidence usually is in this run, so it rises with the number of heads
@@ -17,7 +17,7 @@ A rule judges a stream only once the baseline has earned it: it must hold enough
 must have been about as good as its scale claims. Early in training, statistics bend faster than any line; a baseline
 that is armed by count alone then cries wolf, and one that is armed by its record waits until the bend is over.
 
-Layer 2: imports baseline, layerwise and vectors (the sideways edges), config and records.
+Layer 2: imports baseline, layerwise, modelwide and vectors (the sideways edges), config and records.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import numpy as np
 from .baseline import ARMED_FROM, MAD_TO_SIGMA, Baseline, Prediction
 from .config import MonitorConfig
 from .layerwise import Layerwise
+from .modelwide import Modelwide
 from .records import BoolArray, FloatArray, IntArray, Layout, Verdict
 from .vectors import EXCURSION_FROM, Evidence, Levels, Trust, Vectors
 
@@ -46,8 +47,6 @@ HEAVY_TAILED = {"query_participation_rank": 2.2}
 number of directions within a few samples, in healthy runs, far beyond what any other statistic does."""
 LAYER_TAIL_START, LAYER_TAIL_RATE = 0.1, 0.38
 """As for heads, for the layers of a family."""
-MODEL_TAIL_START, MODEL_TAIL_RATE = 1.2, 0.1
-"""The same for the median over all heads, in plain deviations."""
 PRIOR_LEVEL = 0.6
 """First guess of a family's usual largest evidence, in units of the normal quantile of its number of heads."""
 LEARNED_BELOW = 5.0
@@ -82,8 +81,7 @@ class DriftDetector:
         self.baseline = Baseline(layout.size, config.baseline_samples)
         self.evidence = Evidence(layout.size)
         self.trust = Trust(layout.size)
-        self.model_evidence = Evidence(len(layout.statistics))
-        self.model_trust = Trust(len(layout.statistics))
+        self.modelwide = Modelwide(layout, config.baseline_samples, config.false_alarm_every)
         self._forecast: tuple[int, Prediction] | None = None
         self._arrange(layout)
         self.levels = Levels(self._prior)
@@ -120,7 +118,6 @@ class DriftDetector:
         rare = np.log(every * max(1, len(quantile)))
         self._tail = np.array(heavy) * (TAIL_START + TAIL_RATE * rare / quantile)
         self._layer_tail = np.array(heavy) * (LAYER_TAIL_START + LAYER_TAIL_RATE * rare / layers)
-        self.model_threshold = MODEL_TAIL_START + MODEL_TAIL_RATE * float(np.log(every))
 
     @property
     def threshold(self) -> FloatArray:
@@ -151,7 +148,6 @@ class DriftDetector:
         expected, scale = self._forecast[1]
         known = np.isfinite(log_values)
         residual = np.where(known & self.judged, log_values, np.nan) - expected
-        own = residual / scale
         deviation, width = self._against_cohort(residual, scale)
         enough = self.judged & (np.minimum(self.baseline.count, self.config.baseline_samples) >= ARMED_FROM)
         armed = self.trust.update(deviation, enough)
@@ -169,18 +165,20 @@ class DriftDetector:
         layer_size = np.nan_to_num(np.abs(layer_evidence))
         layer_beyond = layer_size > layer_threshold
 
-        model_deviation = self._of_the_model(own)
-        model_deviation[~self.model_trust.update(model_deviation, self._mostly(enough))] = np.nan
-        if step < EARLY_STEPS:
-            model_deviation[:] = np.nan
-        model_evidence = self.model_evidence.update(model_deviation, step, threshold=self.model_threshold)
+        model, model_judged = self.modelwide, self.modelwide.takes(step, self.baseline)
+        if model_judged:
+            line, early = self._forecast[1], step < EARLY_STEPS
+            model.judge(log_values, self.judged, self.baseline, line, tick=tick, step=step, early=early)
+        model_deviation, model_evidence = model.newest.deviation, model.standing()
         model_size = np.nan_to_num(np.abs(model_evidence))
-        model_beyond = model_size > self.model_threshold
+        model_beyond = model_size > model.threshold
 
         flagged = beyond | self.layerwise.of_streams(layer_beyond) | (np.nan_to_num(np.abs(deviation)) > LEARNED_BELOW)
         for part, moved in zip(self.layout.slices.values(), model_beyond, strict=True):
             flagged[part] |= moved
         self.baseline.push(log_values, tick, self.judged & known & ~flagged)
+        if model_judged:
+            model.push(log_values, tick, self.judged & known & ~flagged)
         self._forecast = None
         # Statistics that a layer has never had, as values out of reach, wait for nothing.
         heard = self.judged & (self.baseline.count > 0)
@@ -199,11 +197,12 @@ class DriftDetector:
             layer_alarm=self.layerwise.by_layer(layer_beyond & still_departs(layer_deviation, layer_evidence)),
             layer_restless=self.layerwise.by_layer(layer_size > layer_threshold / 2),
             layer_since=self.layerwise.by_layer(self.layerwise.evidence.since),
+            model_judged=model_judged,
             model_deviation=model_deviation,
-            model_evidence=model_evidence / self.model_threshold,
-            model_alarm=model_beyond & still_departs(model_deviation, model_evidence),
-            model_restless=model_size > self.model_threshold / 2,
-            model_since=self.model_evidence.since,
+            model_evidence=model_evidence / model.threshold,
+            model_alarm=model_beyond & still_departs(model_deviation, model_evidence) & model_judged,
+            model_restless=model_size > model.threshold / 2,
+            model_since=model.evidence.since,
         )
 
     def _against_cohort(self, residual: FloatArray, scale: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -228,20 +227,6 @@ class DriftDetector:
         largest = np.array([np.max(size[m], initial=-1.0, where=np.isfinite(size[m])) for m in self._families])
         return np.where(largest < 0, np.nan, largest)
 
-    def _mostly(self, enough: BoolArray) -> BoolArray:
-        """Whether at least half of a statistic's judged streams have a baseline that is long enough, [M]."""
-        parts = [enough[part][self.judged[part]] for part in self.layout.slices.values()]
-        return np.array([bool(part.mean() >= 0.5) if len(part) else False for part in parts])
-
-    def _of_the_model(self, own: FloatArray) -> FloatArray:
-        """Median over heads of each head's departure from its own baseline, by statistic; [M]."""
-        result = np.full(len(self.layout.statistics), np.nan)
-        for at, part in enumerate(self.layout.slices.values()):
-            values = own[part][np.isfinite(own[part])]
-            if len(values):
-                result[at] = np.median(values)
-        return result
-
     def relearn(self, streams: BoolArray) -> None:
         """Forget the baseline, trust and evidence of some streams: they arm again from new samples.
 
@@ -252,10 +237,7 @@ class DriftDetector:
         self.trust.reset(streams, Trust(self.layout.size))
         self.evidence.reset(streams, Evidence(self.layout.size))
         self.layerwise.relearn(streams)
-        parts = self.layout.slices.values()
-        whole = np.array([streams[part].any() and bool(streams[part][self.judged[part]].all()) for part in parts])
-        self.model_evidence.reset(whole, Evidence(len(self.layout.statistics)))
-        self.model_trust.reset(whole, Trust(len(self.layout.statistics)))
+        self.modelwide.relearn(streams, self.judged)
         self._forecast = None
 
     def grow(self, layout: Layout) -> None:
@@ -266,19 +248,19 @@ class DriftDetector:
         self.trust.remap(positions, Trust(layout.size))
         self._forecast = None
         self._arrange(layout)
+        self.modelwide.grow(layout, positions)
         self.layerwise.grow(layout, self._families, positions, self._layer_prior)
         if len(self._prior) != len(self.levels.level):
             self.levels = Levels(self._prior)
 
-    def _parts(self) -> dict[str, Vectors | Layerwise]:
+    def _parts(self) -> dict[str, Vectors | Layerwise | Modelwide]:
         return {
             "baseline": self.baseline,
             "evidence": self.evidence,
-            "model_evidence": self.model_evidence,
             "trust": self.trust,
-            "model_trust": self.model_trust,
             "levels": self.levels,
             "layerwise": self.layerwise,
+            "modelwide": self.modelwide,
         }
 
     def state_dict(self) -> dict[str, Any]:

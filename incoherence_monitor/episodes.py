@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .findings import Place
+from .findings import BOUNDED, Place
 from .records import BoolArray, FloatArray, IntArray, Layout, rearrange
 
 SETTLED_WITHIN = 0.75
@@ -78,6 +78,24 @@ class Marked:
         if kind == "model":
             return bool(self._layers.any())
         return bool(self._layers[at] if kind == "layer" else self._heads[kind][at, head])
+
+
+def near_bounds(layout: Layout, near: BoolArray) -> dict[str, Marked]:
+    """Sort streams that are near an absolute bound by the rule that the bound is.
+
+    Args:
+        layout: the streams.
+        near: [S] which are.
+    """
+    result = {}
+    for rule, name in BOUNDED.items():
+        part = layout.slices.get(name)
+        # Runs recorded before there was such a statistic have none.
+        if part is not None and near[part].any():
+            own = np.zeros_like(near)
+            own[part] = near[part]
+            result[rule] = Marked(layout, own)
+    return result
 
 
 class Settling:

@@ -33,8 +33,9 @@ Place = tuple[AlertKind, int, int]
 MODEL: Place = ("model", -1, -1)
 _RULES = ("drift", "runaway", "shift", "non_finite")
 """From the mildest to the worst."""
-_BEYOND_BOUND = {"energy_scale": "runaway", "shift_residual": "shift"}
-"""Statistics that have absolute bounds, with the rule that each one's bound is."""
+BOUNDED = {"runaway": "energy_scale", "shift": "shift_residual"}
+"""Rules that are an absolute bound, with the statistic that each one bounds."""
+_BEYOND_BOUND = {name: rule for rule, name in BOUNDED.items()}
 
 
 @dataclass(frozen=True)

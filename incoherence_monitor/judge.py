@@ -22,7 +22,7 @@ from .commands import Checkpoints, Command, Mute, Mutes, to_dict
 from .config import MonitorConfig
 from .coverage import ALL_ARMED
 from .detectors import DriftDetector
-from .episodes import Settling
+from .episodes import Settling, near_bounds
 from .findings import find, without
 from .records import Alert, BoolArray, Event, FloatArray, IntArray, Layout, RecordedSample, Verdict, rearrange
 from .sums import SampleSums
@@ -31,6 +31,8 @@ RUNAWAY_LOGITS = 15.0
 """Standard deviation of the centred logits, in nats, that healthy runs stay below from the first step."""
 RUNAWAY_OVER_FIRST = 2.0
 """A head up to this times the bound at its first sample, as pretrained ones may be, is allowed this times its value."""
+LINGERS_FROM = 0.5
+"""Share of an absolute bound above which an episode of it is not over, as a drift's is not at half its threshold."""
 OVER_ACCEPTED = 2.0
 """What a user accepts is allowed this times the value it was accepted at."""
 LOSSES_HELD = 64
@@ -190,6 +192,7 @@ class Judge:
             )  # fmt: skip
         alerts, closed = self.book.process(
             findings, verdict, step=step, observed=np.isfinite(known), heard=heard, muted=muted,
+            lingering=near_bounds(layout, known > LINGERS_FROM * self._bound),
             losses=self._losses, checkpoints=self._checkpoints,
         )  # fmt: skip
         self.mutes.pass_sample()

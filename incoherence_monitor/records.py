@@ -290,9 +290,8 @@ class Verdict:
         layer_alarm: [M, L] as `alarm`, for a layer.
         layer_restless: [M, L] as `restless`; `layer_since` as `since`.
         model_deviation: [M] median over heads of each head's deviation from its own history; NaN where not judged.
-        model_evidence: [M] as `evidence`, for the whole model.
-        model_alarm: [M] as `alarm`, for the whole model.
-        model_restless: [M] as `restless`; `model_since` as `since`.
+        model_judged: whether the whole model was judged of this sample; if not, the rest is as of the one before.
+        model_evidence: [M] as `evidence`, for the whole model; `model_alarm`, `model_restless`, `model_since` likewise.
     """
 
     expected: FloatArray
@@ -309,6 +308,7 @@ class Verdict:
     layer_alarm: BoolArray
     layer_restless: BoolArray
     layer_since: IntArray
+    model_judged: bool
     model_deviation: FloatArray
     model_evidence: FloatArray
     model_alarm: BoolArray

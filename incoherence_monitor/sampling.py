@@ -31,6 +31,7 @@ from .ops import (
     cut_windows,
     piece_statistics,
     smooth_statistics,
+    some_values,
 )
 from .records import LayerInfo, Layout
 from .shares import Shares
@@ -110,7 +111,8 @@ class WindowSampler:
             held = self._open.setdefault(given.layer, LayerWindows(layer))
             if given.gradient is not None:
                 # Whole sequences, since the identity holds for no part of one; as many as there are windows.
-                given.gradient(partial(held.take_gradient, sum(part)))
+                values = None if given.value is None else some_values(given.value, sum(part))
+                given.gradient(partial(held.take_gradient, sum(part), values, given.precision))
             chosen = select_windows(
                 batch=batch,
                 length=length,
@@ -213,7 +215,7 @@ class WindowSampler:
                         found.append(part.result() if isinstance(part, Future) else unpacked(here))
                     except Exception as error:  # Of this layer alone: the others are judged.
                         self.on_error(info.name, error)
-                there = [next(tensors) if isinstance(each, Tensor) else each.residual().float() for each in residuals]
+                there = [next(tensors) if isinstance(each, Tensor) else each() for each in residuals]
                 on_host.append((info, found, there))
             return summarise(layout, on_host)
 

@@ -5,14 +5,14 @@ Layer 3: imports ops, records, sums and transfer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .ops import GradientSums, gradient_sums
+from .ops import gradient_sums, too_alike
 from .records import LayerInfo
 from .sums import Part, part_of
 from .transfer import triangle
@@ -27,19 +27,31 @@ class LayerWindows:
     Attributes:
         info: the layer.
         parts: on the host, in the making; or by name what lies on a device.
-        residuals: [sequences, Hk] shift residuals, which come with the backward; on a CPU the sums they are made of,
+        residuals: [sequences, Hk] shift residuals, which come with the backward; on a CPU what makes them of sums,
             since each further operation there takes training's time.
     """
 
     info: LayerInfo
     parts: list[Future[Part] | dict[str, Tensor]] = field(default_factory=list)
-    residuals: list[Tensor | GradientSums] = field(default_factory=list)
+    residuals: list[Tensor | Callable[[], Tensor]] = field(default_factory=list)
 
-    def take_gradient(self, sequences: int, grad: Tensor) -> None:
-        """Take the gradient of one call's keys, [B, Hk, L, d], of so many sequences at most."""
-        if grad.shape[1] == self.info.key_heads:
-            sums = gradient_sums(grad[:sequences])
-            self.residuals.append(sums if grad.device.type == "cpu" else sums.residual().float())
+    def take_gradient(self, sequences: int, values: Tensor | None, precision: str, grad: Tensor) -> None:
+        """Take the gradient of one call's keys.
+
+        Args:
+            sequences: how many to take at most.
+            values: some of the call's, [sequences, Hk, tokens, dv]; None where they are not known.
+            precision: in which the attention runs.
+            grad: [B, Hk, L, d].
+        """
+        if grad.shape[1] != self.info.key_heads:
+            return
+        sums = gradient_sums(grad[:sequences])
+
+        def residual() -> Tensor:
+            return sums.residual(None if values is None else too_alike(values, precision)).float()
+
+        self.residuals.append(residual if grad.device.type == "cpu" else residual())
 
 
 def to_be_copied(keep: Tensor | None, smooth: Mapping[str, Tensor], core: Tensor) -> dict[str, Tensor]:

@@ -39,7 +39,8 @@ def no_pictures():
 
 @pytest.fixture
 def past_the_first_steps(monkeypatch):
-    """Layers and the model are judged as one from step 0, not only where learning has got under way."""
-    from incoherence_monitor import detectors
+    """Layers and the model are judged as one from step 0 and at every step, as if learning had got under way."""
+    from incoherence_monitor import detectors, modelwide
 
     monkeypatch.setattr(detectors, "EARLY_STEPS", 0)
+    monkeypatch.setattr(modelwide, "SPACING", 0)

@@ -85,7 +85,7 @@ def judged(layout, evidence):
         since=np.full(layout.size, -1), armed=none, armed_share=1.0,
         layer_deviation=layers, layer_evidence=layers, layer_alarm=layers > 0, layer_restless=layers > 0,
         layer_since=layers.astype(int),
-        model_deviation=part, model_evidence=part, model_alarm=part > 0, model_restless=part > 0,
+        model_judged=True, model_deviation=part, model_evidence=part, model_alarm=part > 0, model_restless=part > 0,
         model_since=part.astype(int),
     )  # fmt: skip
     values = np.random.default_rng(0).lognormal(size=layout.size).astype(np.float32)

@@ -229,6 +229,49 @@ def test_vectorised_is_the_same_as_head_by_head():
             np.testing.assert_allclose(left.deviation[streams], right.deviation, rtol=1e-12)
 
 
+def dense(values, detector=None, start=0):
+    """Judge rows at every training step, from step 200 on."""
+    detector = detector or DriftDetector(LAYOUT, MonitorConfig())
+    return detector, [detector.judge(row, tick=start + at, step=200 + start + at) for at, row in enumerate(values)]
+
+
+def test_a_bend_of_learning_is_no_fault_of_the_model_where_every_step_is_sampled():
+    """A plateau, and then all statistics grow by a tenth in 20 steps and by ever less after: judged 5 steps apart."""
+    bend = 0.3 * (1 - np.exp(-np.maximum(np.arange(400) - 150, 0) / 60))
+    values = noise(400, scale=0.01) + bend[:, None]
+    near, verdicts = dense(values)
+    apart, expected = dense_of_every_fifth(values)
+    judged = [verdict for verdict in verdicts if verdict.model_judged]
+    assert len(judged) == len(expected) == 80
+    for left, right in zip(judged, expected, strict=True):
+        np.testing.assert_allclose(left.model_deviation, right.model_deviation, atol=1e-5)
+    assert near.modelwide.spaced is not None
+    assert apart.modelwide.spaced is None
+
+
+def dense_of_every_fifth(values):
+    detector = DriftDetector(LAYOUT, MonitorConfig())
+    return detector, [detector.judge(row, tick=at, step=200 + 5 * at) for at, row in enumerate(values[::5])]
+
+
+@pytest.mark.parametrize("cut", [3, 142, 151, 160])
+def test_a_model_that_breaks_is_told_where_every_step_is_sampled_also_after_a_resume(cut):
+    values = noise(180)
+    values[150:, KEY_NORM] += 0.5
+    _, whole = dense(values)
+    first, _ = dense(values[:cut])
+    second = DriftDetector(LAYOUT, MonitorConfig())
+    second.load_state_dict(first.state_dict())
+    _, rest = dense(values[cut:], second, start=cut)
+    for left, right in zip(whole[cut:], rest, strict=True):
+        for name in ("model_judged", "model_deviation", "model_evidence", "model_alarm", "model_restless"):
+            np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
+    told = [at for at, verdict in enumerate(whole) if verdict.model_alarm.any()]
+    # At the second sample that is judged, five steps after the first; between two of them what was found stands.
+    assert told[0] == 155
+    assert all(verdict.model_restless.any() for verdict in whole[155:])
+
+
 @pytest.mark.parametrize("cut", [10, 30, 61, 75])
 def test_state_survives_a_round_trip_exactly(cut):
     values = noise(100)
@@ -255,9 +298,14 @@ def test_a_layer_that_appears_later_leaves_the_others_as_they_were():
     assert alarms(verdicts)[0] == (11, wider.slices["key_norm"].start + 5)
 
 
+def tensors_of(state):
+    return [each for part in state.values() for each in (tensors_of(part) if isinstance(part, dict) else [part])]
+
+
 def test_state_is_under_one_kilobyte_a_stream():
+    """Also where samples come so densely that the model as a whole has lines of its own."""
     detector = DriftDetector(LAYOUT, MonitorConfig())
-    size = sum(
-        value.numel() * value.element_size() for part in detector.state_dict().values() for value in part.values()
-    )
-    assert size / LAYOUT.size < 1000
+    for step in range(2):
+        detector.judge(noise(1)[0], tick=step, step=step)
+    assert detector.modelwide.spaced is not None
+    assert sum(value.nbytes for value in tensors_of(detector.state_dict())) / LAYOUT.size < 1000

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from incoherence_monitor import Alert, MonitorConfig
+from incoherence_monitor import Alert, MonitorConfig, modelwide
 from incoherence_monitor.alerts import CALM_SAMPLES
 from incoherence_monitor.causes import likely_cause
 from incoherence_monitor.commands import Accept, Checkpoints, Mute
@@ -99,6 +99,50 @@ def test_absolute_rules_never_accept_themselves():
     assert (alert.layer, alert.head) == ("layer0", 1)
     assert not events_of(samples)
     assert judge.book.confirmed_critical
+
+
+def test_the_model_is_told_once_where_it_is_judged_less_often_than_sampled(monkeypatch):
+    """Between two samples of which the model is judged its episode is neither calm nor seen again."""
+    monkeypatch.setattr(modelwide, "SPACING", 5)
+    values = noise(180)
+    values[150:, LAYOUT.slices["energy_scale"]] += 0.8
+    judge, samples = judge_all(values[:160])
+    assert [(alert.step, alert.kind) for alert in alerts_of(samples)] == [(155, "model")]
+    assert not judge.book.confirmed_critical
+    _, rest = judge_all(values[160:], judge, start=160)
+    assert judge.book.confirmed_critical
+    assert not alerts_of(rest)
+    assert not events_of([*samples, *rest])
+
+
+@pytest.mark.parametrize(("statistic", "bound"), [("energy_scale", 15.0), ("shift_residual", 3e-4)])
+def test_a_value_that_hovers_about_its_bound_is_one_episode(statistic, bound):
+    """In a healthy run with a high learning rate, logits crossed 15 nats again and again: 12 alerts of one layer."""
+    layout = Layout(tuple(LayerInfo(f"layer{at}", at, 4, 2, 8, window=64, precision="float32") for at in range(3)))
+    values = noise(200)
+    values[:, layout.slices["shift_residual"]] += np.log(1e-6)
+    at = layout.slices[statistic].start + 1
+    values[:, at] = np.log(bound / 4) + noise(200, seed=1)[:, 0]
+    values[60:120, at] = np.log(bound * np.where(np.arange(60) % 12 < 3, 1.05, 0.7))
+    values[190:, at] = np.log(bound * 1.05)
+    judge, samples = judge_all(values, layout=layout)
+    critical = [alert.step for alert in alerts_of(samples) if alert.severity == "critical"]
+    assert critical == [60, 190]
+    assert judge.book.confirmed_critical
+    # Over once it has been well below the bound for as long as any other episode, and its drift has died down.
+    (event,) = [event for event in events_of(samples) if event.statistic == statistic]
+    assert 119 + CALM_SAMPLES <= event.step <= 119 + 2 * CALM_SAMPLES + 4
+
+
+def test_near_its_bound_is_not_seen_again():
+    """What acts on a run waits for a second sample beyond the bound, not for one that is merely near it."""
+    values = noise(20)
+    values[10, stream("energy_scale", 0, 1)] = np.log(16.0)
+    values[11:, stream("energy_scale", 0, 1)] = np.log(10.0)
+    judge, samples = judge_all(values)
+    assert [alert.step for alert in alerts_of(samples)] == [10]
+    assert judge.book.episodes
+    assert not judge.book.confirmed_critical
 
 
 def test_a_layer_that_drifts_head_by_head_is_told_as_one():

@@ -6,12 +6,11 @@ from .gram import head_statistics, piece_statistics, smooth_statistics
 from .pieces import Piece, copied, cut_windows
 from .reference import energy_field
 from .shapes import Windows, check_shapes
-from .shift import GradientSums, gradient_sums, shift_residual, shift_vector
+from .shift import gradient_sums, shift_residual, shift_vector, some_values, too_alike
 from .spectra import spectral_statistics
 from .weights import interaction_rank
 
 __all__ = [
-    "GradientSums",
     "Piece",
     "Windows",
     "check_shapes",
@@ -25,5 +24,7 @@ __all__ = [
     "shift_residual",
     "shift_vector",
     "smooth_statistics",
+    "some_values",
     "spectral_statistics",
+    "too_alike",
 ]

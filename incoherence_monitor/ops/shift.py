@@ -22,6 +22,19 @@ LEAST = 1e-18
 """Mean norm of a key's gradient below which it trains nothing and may be rounding alone, which sums to anything."""
 
 
+MOST_ALIKE = {"bfloat16": 8.0, "float16": 8.0, "tf32": 8.0}
+MOST_ALIKE_ELSE = 1000.0
+"""By precision, how alike values may be, as `values_alike` has it, before the key gradient is too much rounding.
+
+The gradient of a key is made of differences between values, and its rounding grows with their length: the residual of
+sound backwards was 0.3 to 1.5e-3 times this ratio in bfloat16 and 0.4 to 1.1e-7 times in float32, at all steps, models
+and learning rates tried. It is near 1 as a rule; in the first steps from scratch it rose to 66, and where a sequence is
+one token over and over it is infinite (docs/shift_residual.md).
+"""
+_TOKENS_COMPARED = 16
+"""Of each sequence, evenly spread, that tell how alike its values are."""
+
+
 class GradientSums(NamedTuple):
     """What the residual needs of a gradient: little, from few operations.
 
@@ -35,15 +48,17 @@ class GradientSums(NamedTuple):
     lengths: Tensor
     tokens: int
 
-    def residual(self) -> Tensor:
-        """[B, Hk], as `shift_residual` returns it."""
+    def residual(self, missing: Tensor | None = None) -> Tensor:
+        """[B, Hk], as `shift_residual` returns it; NaN too for the key heads [Hk] of which it says nothing."""
         wide = working_dtype(self.total.device)
         length, lengths = torch.linalg.vector_norm(self.total, dim=-1, dtype=wide), self.lengths.to(wide)
         defined = torch.isfinite(lengths) & (lengths > LEAST * self.tokens)
+        if missing is not None:
+            defined &= ~missing
         return torch.where(defined, (length / lengths).clamp(min=FLOOR), torch.nan)
 
 
-def shift_residual(grad: Tensor) -> Tensor:
+def shift_residual(grad: Tensor, *, missing: Tensor | None = None) -> Tensor:
     """||sum_j dL/dk_j|| / sum_j ||dL/dk_j|| of every sequence and key head.
 
     The sums run over all positions, padding included: where a padded key takes part in no softmax its gradient is
@@ -52,12 +67,14 @@ def shift_residual(grad: Tensor) -> Tensor:
 
     Args:
         grad: [B, Hk, L, d], gradient of the keys that attention received, any float dtype and strides.
+        missing: bool [Hk], key heads of which it says nothing; None if there are none.
 
     Returns:
         [B, Hk] in [`FLOOR`, 1], float64 (float32 on a device without it); NaN where the mean length of a gradient is
-        below `LEAST`, or on a CPU above 1e18 in a narrower dtype than float64, or one is not finite.
+        below `LEAST`, or on a CPU above 1e18 in a narrower dtype than float64, or one is not finite,
+        and where `missing`.
     """
-    return gradient_sums(grad).residual()
+    return gradient_sums(grad).residual(missing)
 
 
 def gradient_sums(grad: Tensor) -> GradientSums:
@@ -91,6 +108,36 @@ def gradient_sums(grad: Tensor) -> GradientSums:
         total += part.sum(dim=1)
         lengths += torch.linalg.vector_norm(part, dim=-1).sum(dim=1)
     return GradientSums(total, lengths, length)
+
+
+def some_values(value: Tensor, sequences: int) -> Tensor:
+    """A copy of a few tokens of so many sequences at most, for `too_alike`; [B, Hk, tokens, dv]."""
+    return value.detach()[:sequences, :, :: max(1, value.shape[2] // _TOKENS_COMPARED)].clone()
+
+
+def values_alike(value: Tensor) -> Tensor:
+    """How alike values are: their length over that of their spread about the mean of their sequence.
+
+    Args:
+        value: [B, Hk, L, dv] as attention received them, B at least 1.
+
+    Returns:
+        [Hk] root mean squares over tokens, mean over sequences, at least 1; infinite where all are equal.
+    """
+    wide = value.to(working_dtype(value.device))
+    whole = wide.square().sum(dim=(2, 3))
+    spread = (wide - wide.mean(dim=2, keepdim=True)).square().sum(dim=(2, 3))
+    return (whole / spread).sqrt().mean(dim=0)
+
+
+def too_alike(value: Tensor, precision: str) -> Tensor:
+    """Key heads [Hk] whose values are so alike that a residual says nothing.
+
+    Args:
+        value: [B, Hk, L, dv], all tokens or some.
+        precision: in which the attention runs, as `MOST_ALIKE` names it.
+    """
+    return ~(values_alike(value) <= MOST_ALIKE.get(precision, MOST_ALIKE_ELSE))
 
 
 def shift_vector(grad: Tensor) -> Tensor:
