@@ -313,7 +313,7 @@ def test_attached_too_late_to_a_compiled_model_is_told_with_the_cause(one_thread
         # As in a process where nothing has been installed yet.
         AttentionInterface.get_interface = getattr(current, "__wrapped__", current)
         routed.install.cache_clear()
-        model = torch.compile(tiny_model("llama").train())
+        model = torch.compile(tiny_model("llama").train(), backend="aot_eager")
         batch = batches(1)[0]
         model(**batch, use_cache=False).loss.backward()
         with caplog.at_level(logging.WARNING), IncoherenceMonitor(model, every=1, config=CONFIG) as monitor:
