@@ -127,6 +127,11 @@ class DriftDetector:
             result[members] = limit
         return result
 
+    @staticmethod
+    def early(step: int) -> bool:
+        """Whether it is too early in training to judge a layer or the model as one."""
+        return step < EARLY_STEPS
+
     def prepare(self, tick: int) -> None:
         """Draw the lines for a sample before it comes, which is most of the cost of judging it."""
         if self._forecast is None or self._forecast[0] != tick:
@@ -159,7 +164,7 @@ class DriftDetector:
         self.levels.update(self._largest(evidence))
 
         layer_deviation = self.layerwise.deviations(deviation)
-        if step < EARLY_STEPS:
+        if self.early(step):
             layer_deviation[:] = np.nan
         layer_evidence, layer_threshold = self.layerwise.judge(layer_deviation, step, tail=self._layer_tail)
         layer_size = np.nan_to_num(np.abs(layer_evidence))
@@ -167,7 +172,7 @@ class DriftDetector:
 
         model, model_judged = self.modelwide, self.modelwide.takes(step, self.baseline)
         if model_judged:
-            line, early = self._forecast[1], step < EARLY_STEPS
+            line, early = self._forecast[1], self.early(step)
             model.judge(log_values, self.judged, self.baseline, line, tick=tick, step=step, early=early)
         model_deviation, model_evidence = model.newest.deviation, model.standing()
         model_size = np.nan_to_num(np.abs(model_evidence))

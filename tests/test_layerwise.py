@@ -177,3 +177,15 @@ def test_learning_begins_with_all_heads_moving_together(monkeypatch):
     values = noise(160)
     values[120:, LAYOUT.slices["key_norm"]] += 10 * DRIFT
     assert {(alert.kind, alert.statistic) for alert in told(values)[1]} == {("model", "key_norm")}
+
+
+def test_heads_that_drift_together_early_are_no_critical_layer(monkeypatch):
+    """Three of four heads, each far beyond its threshold: warnings before step 100, their layer from there on."""
+    monkeypatch.setattr(detectors, "EARLY_STEPS", 100)
+    for start, told_as in ((50, {"key"}), (120, {"layer"})):
+        values = noise(start + 20)
+        for at in heads_of("key_norm", 2)[: 3 * len(heads_of("key_norm", 2)) // 4]:
+            values[start:, at] += 0.8
+        found = told(values)[1]
+        assert {alert.kind for alert in found} == told_as
+        assert {alert.severity for alert in found} == ({"warning"} if start < 100 else {"critical"})
