@@ -12,10 +12,12 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import torch
 
 from benchmarks import results_file
 from incoherence_monitor import MonitorConfig
@@ -25,6 +27,13 @@ from incoherence_monitor.records import LayerInfo, Layout
 SIZES = ((3, 4), (12, 12), (32, 32), (80, 64), (100, 100))
 """Layers and heads of each."""
 WARM_UP, MEASURED = 60, 15
+
+
+def _bytes(state: Any) -> int:
+    """Memory of all tensors in nested dicts."""
+    if isinstance(state, dict):
+        return sum(_bytes(part) for part in state.values())
+    return state.numel() * state.element_size() if isinstance(state, torch.Tensor) else 0
 
 
 def measure(layers: int, heads: int, *, warm_up: int = WARM_UP, measured: int = MEASURED) -> dict[str, float]:
@@ -44,8 +53,7 @@ def measure(layers: int, heads: int, *, warm_up: int = WARM_UP, measured: int = 
         if tick >= warm_up:
             prepare.append(middle - start)
             judge.append(time.process_time() - middle)
-    arrays = [array for part in detector.state_dict().values() for array in part.values()]
-    state = sum(array.numel() * array.element_size() for array in arrays)
+    state = _bytes(detector.state_dict())
     return {
         "streams": layout.size,
         "judged": int(detector.judged.sum()),
