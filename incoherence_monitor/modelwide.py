@@ -59,7 +59,8 @@ class Modelwide:
             step: its training step.
             baseline: the lines of the heads, without this sample.
         """
-        if step - int(self.newest.step.max()) >= SPACING:
+        # Steps may begin anew, as where a run goes on from an earlier checkpoint.
+        if not 0 <= step - int(self.newest.step.max()) < SPACING:
             return True
         if self.spaced is None:
             self.spaced = Baseline(self.layout.size, self.samples)

@@ -272,6 +272,12 @@ def test_a_model_that_breaks_is_told_where_every_step_is_sampled_also_after_a_re
     assert all(verdict.model_restless.any() for verdict in whole[155:])
 
 
+def test_steps_that_begin_anew_are_judged_at_once():
+    detector = DriftDetector(LAYOUT, MonitorConfig())
+    judged = [detector.judge(noise(1)[0], tick=at, step=step).model_judged for at, step in enumerate((400, 402, 300))]
+    assert judged == [True, False, True]
+
+
 @pytest.mark.parametrize("cut", [10, 30, 61, 75])
 def test_state_survives_a_round_trip_exactly(cut):
     values = noise(100)
