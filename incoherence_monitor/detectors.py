@@ -127,11 +127,6 @@ class DriftDetector:
             result[members] = limit
         return result
 
-    @staticmethod
-    def early(step: int) -> bool:
-        """Whether it is too early in training to judge a layer or the model as one."""
-        return step < EARLY_STEPS
-
     def prepare(self, tick: int) -> None:
         """Draw the lines for a sample before it comes, which is most of the cost of judging it."""
         if self._forecast is None or self._forecast[0] != tick:
@@ -163,8 +158,9 @@ class DriftDetector:
         beyond = size > threshold
         self.levels.update(self._largest(evidence))
 
+        early = step < EARLY_STEPS
         layer_deviation = self.layerwise.deviations(deviation)
-        if self.early(step):
+        if early:
             layer_deviation[:] = np.nan
         layer_evidence, layer_threshold = self.layerwise.judge(layer_deviation, step, tail=self._layer_tail)
         layer_size = np.nan_to_num(np.abs(layer_evidence))
@@ -172,7 +168,7 @@ class DriftDetector:
 
         model, model_judged = self.modelwide, self.modelwide.takes(step, self.baseline)
         if model_judged:
-            line, early = self._forecast[1], self.early(step)
+            line = self._forecast[1]
             model.judge(log_values, self.judged, self.baseline, line, tick=tick, step=step, early=early)
         model_deviation, model_evidence = model.newest.deviation, model.standing()
         model_size = np.nan_to_num(np.abs(model_evidence))
@@ -197,6 +193,7 @@ class DriftDetector:
             since=self.evidence.since,
             armed=armed,
             armed_share=float(armed[heard].mean()) if heard.any() else 0.0,
+            layers_judged=not early,
             layer_deviation=self.layerwise.by_layer(layer_deviation),
             layer_evidence=self.layerwise.by_layer(layer_evidence / layer_threshold),
             layer_alarm=self.layerwise.by_layer(layer_beyond & still_departs(layer_deviation, layer_evidence)),

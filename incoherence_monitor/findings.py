@@ -52,7 +52,6 @@ class Finding:
         since: step at which the excursion began.
         heads: the heads of a layer that were found.
         others: further heads that the same cause may explain.
-        alone: whether it is too early in training for heads that drift together to be told as their layer.
     """
 
     place: Place
@@ -64,7 +63,6 @@ class Finding:
     since: int
     heads: tuple[Place, ...] = ()
     others: int = 0
-    alone: bool = False
 
     @property
     def weight(self) -> tuple[int, float]:
@@ -80,7 +78,6 @@ def find(
     step: int,
     non_finite: BoolArray,
     bounds: FloatArray,
-    early: bool = False,
 ) -> list[Finding]:
     """Collect what this sample's flags say, at most one finding a head.
 
@@ -91,7 +88,6 @@ def find(
         step: training step of the sample.
         non_finite: [S] whether a stream's head received a NaN or infinite query, key or value.
         bounds: [S] absolute bounds of `energy_scale` and `shift_residual`; NaN where there is none.
-        early: whether no layer is judged as one yet.
 
     Returns:
         Findings, worst first within each head.
@@ -104,8 +100,7 @@ def find(
     def add(at: int, rule: str, baseline: float, deviation: float, since: int) -> None:
         row = layout.rows[names[at]]
         place: Place = (kinds[names[at]], int(layout.stream_layer[at]), int(layout.stream_head[at]))
-        alone = early and rule == "drift"
-        found = Finding(place, rule, row.name, float(values[at]), baseline, deviation, since, alone=alone)
+        found = Finding(place, rule, row.name, float(values[at]), baseline, deviation, since)
         known = best.get(place)
         if known is None or found.weight > known.weight:
             best[place] = found
@@ -247,7 +242,7 @@ def _by_layer(layout: Layout, heads: list[Finding], verdict: Verdict | None) -> 
             if verdict is not None and len(inside) >= LAYER_ALARMS:
                 places |= dict.fromkeys(_on_their_way(layout, max(inside, key=_weight), verdict))
                 share = WIDE_LAYER_SHARE if layer.heads(kind) >= WIDE_LAYER else LAYER_SHARE
-            together = not any(found.alone for found in inside)
+            together = verdict is None or verdict.layers_judged
             if together and len(places) >= max(LAYER_LEAST, share * layer.heads(kind)):
                 whole = replace(max(inside, key=_weight), place=("layer", at, -1), heads=tuple(sorted(places)))
                 layers[whole.place] = max(layers.get(whole.place, whole), whole, key=_weight)

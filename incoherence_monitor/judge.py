@@ -182,14 +182,13 @@ class Judge:
         verdict = self._detector.judge(logs, tick=tick, step=step)
         self._armed = verdict.armed
         self._take_bounds(known)
-        early = self._detector.early(step)
-        findings = find(layout, known, verdict, step=step, non_finite=non_finite, bounds=self._bound, early=early)
+        findings = find(layout, known, verdict, step=step, non_finite=non_finite, bounds=self._bound)
         heard, muted = None, None
         if self.mutes.active:
             muted = self.mutes.streams(layout)
             heard = find(
                 layout, known, without(verdict, muted, layout), step=step,
-                non_finite=non_finite & ~muted, bounds=np.where(muted, np.nan, self._bound), early=early,
+                non_finite=non_finite & ~muted, bounds=np.where(muted, np.nan, self._bound),
             )  # fmt: skip
         alerts, closed = self.book.process(
             findings, verdict, step=step, observed=np.isfinite(known), heard=heard, muted=muted,

@@ -286,9 +286,8 @@ class Verdict:
         armed: [S] the baseline has earned judgement.
         armed_share: share of the judged streams that have had values which are armed.
         layer_deviation: [M, L] what the heads of a layer do together, in the same units; NaN where not judged.
-        layer_evidence: [M, L] as `evidence`, for a layer.
-        layer_alarm: [M, L] as `alarm`, for a layer.
-        layer_restless: [M, L] as `restless`; `layer_since` as `since`.
+        layers_judged: whether heads that drift together are told as their layer: not in the first steps of training.
+        layer_evidence: [M, L] as `evidence`, for a layer; `layer_alarm`, `layer_restless`, `layer_since` likewise.
         model_deviation: [M] median over heads of each head's deviation from its own history; NaN where not judged.
         model_judged: whether the whole model was judged of this sample; if not, the rest is as of the one before.
         model_evidence: [M] as `evidence`, for the whole model; `model_alarm`, `model_restless`, `model_since` likewise.
@@ -303,6 +302,7 @@ class Verdict:
     since: IntArray
     armed: BoolArray
     armed_share: float
+    layers_judged: bool
     layer_deviation: FloatArray
     layer_evidence: FloatArray
     layer_alarm: BoolArray

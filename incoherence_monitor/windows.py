@@ -154,14 +154,12 @@ def select_windows(
     number = starts + offsets
     if number == 0 or length < window:
         return None
-    if valid is None and document_starts is None:
+    if document_starts is not None:
+        return _within_documents(document_starts, valid, window=window, part=part, draw=np.random.default_rng(seed))
+    if valid is None:
         # Nothing on a device is needed to know them, so they are left on the host.
         return Selection(Windows(*_anywhere(batch, length - window + 1, part, seed), window), None)
-    draw = np.random.default_rng(seed)
-    if document_starts is not None:
-        return _within_documents(document_starts, valid, window=window, part=part, draw=draw)
-    assert valid is not None
-    rotation, fractions = _drawn(batch, part, draw)
+    rotation, fractions = _drawn(batch, part, seed)
     fraction, place = to_device(torch.from_numpy(fractions), device), torch.arange(number, device=device)
     steps = torch.arange(window, device=device)
     count = valid.sum(dim=1)
@@ -177,13 +175,14 @@ def select_windows(
     return Selection(Windows(rows, first, window), keep)
 
 
-def _drawn(batch: int, part: tuple[int, int], draw: np.random.Generator) -> tuple[int, np.ndarray]:
+def _drawn(batch: int, part: tuple[int, int], seed: tuple[int, ...]) -> tuple[int, np.ndarray]:
     """The sequence that comes first, and how far into its sequence each window begins, in [0, 1]; float32.
 
     Windows at starts take the first sequences of the rotated order, windows at offsets go on from there. float32, as
     some devices have no float64; rounding may then reach one past the last place, hence the clamps of those who ask.
     """
     starts, offsets = part
+    draw = np.random.default_rng(seed)
     rotation = int(draw.integers(batch))
     return rotation, np.concatenate([np.zeros(starts), draw.random(offsets)]).astype(np.float32)
 
@@ -191,7 +190,7 @@ def _drawn(batch: int, part: tuple[int, int], draw: np.random.Generator) -> tupl
 @lru_cache(maxsize=16)
 def _anywhere(batch: int, places: int, part: tuple[int, int], seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Rows and first tokens of windows where every token is valid; the layers of a sample ask for the same ones."""
-    rotation, fractions = _drawn(batch, part, np.random.default_rng(seed))
+    rotation, fractions = _drawn(batch, part, seed)
     rows = torch.from_numpy((np.arange(len(fractions)) + rotation) % batch)
     return rows, torch.from_numpy(fractions * np.float32(places)).long().clamp(max=places - 1)
 

@@ -135,7 +135,7 @@ def test_windows_cut_out_are_slices_of_the_batch(masked):
         for whole, window in zip((query, key), piece[:2], strict=True):
             assert torch.equal(window[0], whole[row, :, first : first + 32])
             assert window.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-        torch.testing.assert_close(piece.value_length[0], value[row, :, first : first + 32].norm(dim=-1))
+        torch.testing.assert_close(piece.value_lengths[0], value[row, :, first : first + 32].norm(dim=-1))
 
 
 @pytest.mark.parametrize("tokens_first", [True, False])
@@ -153,7 +153,7 @@ def test_copies_are_the_windows_laid_out_alike(tokens_first, sequences):
         assert torch.equal(copy.query, piece.query)
         assert torch.equal(copy.key, piece.key)
         assert (copy.key.stride(1) < copy.key.stride(2)) is tokens_first
-        assert torch.equal(copy.value_length, piece.value_length)
+        assert torch.equal(copy.value_lengths, piece.value_lengths)
         assert copy.key.untyped_storage().data_ptr() != piece.key.untyped_storage().data_ptr()
         assert copy.query.untyped_storage().data_ptr() != piece.query.untyped_storage().data_ptr()
 

@@ -24,7 +24,7 @@ from . import fused
 from .constants import KEYS_EQUAL_BELOW
 from .launch import at_hand
 from .logits import ON_REQUEST, logit_statistics
-from .pieces import Piece, cut_windows, lengths_of
+from .pieces import Piece, cut_windows, value_lengths
 from .shapes import ELEMENTS_IN_CACHE, Windows, check_shapes, working_dtype
 from .spectra import cholesky_factor, inverse_of_factor, spectral_statistics, unit_trace
 
@@ -75,7 +75,7 @@ def smooth_statistics(
         query, key = windows.take(query), windows.take(key)
         value = None if value is None else windows.take(value)
         valid = None if valid is None else windows.take_tokens(valid)
-    lengths = None if value is None else lengths_of(value)
+    lengths = None if value is None else value_lengths(value)
     return piece_statistics([Piece(query, key, lengths, valid)], scale=scale, also=also, causal=causal)
 
 
@@ -237,9 +237,9 @@ def _token_sums(
     of_groups = torch.unflatten(piece.query, 1, (key_heads, -1))
     grams = [gram(widen(of_groups[:, :, member], room_NGLD)) for member in range(of_groups.shape[2])]
     sums["query_gram"] = torch.stack(grams, dim=2).flatten(1, 2)
-    if piece.value_length is not None:
+    if piece.value_lengths is not None:
         lengths = (
-            piece.value_length if invalid_N1L1 is None else piece.value_length.masked_fill(invalid_N1L1[..., 0], 0.0)
+            piece.value_lengths if invalid_N1L1 is None else piece.value_lengths.masked_fill(invalid_N1L1[..., 0], 0.0)
         )
         sums["value_length"] = lengths.sum(dim=-1, dtype=keys.dtype)
     return sums

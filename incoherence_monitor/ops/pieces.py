@@ -20,13 +20,13 @@ class Piece(NamedTuple):
     Attributes:
         query: [N, Hq, L, d], any strides.
         key: [N, Hk, L, d], any strides.
-        value_length: lengths of values, [N, Hk, L]; all that is asked of them, so values are not kept. None without.
+        value_lengths: lengths of values, [N, Hk, L]; all that is asked of them, so values are not kept. None without.
         valid: bool [N, L]; None if all tokens are valid.
     """
 
     query: Tensor
     key: Tensor
-    value_length: Tensor | None
+    value_lengths: Tensor | None
     valid: Tensor | None
 
     @property
@@ -38,7 +38,7 @@ class Piece(NamedTuple):
         """Pieces of so many key heads, which divides their number."""
         number = self.key.shape[1] // heads
         queries, keys = self.query.chunk(number, dim=1), self.key.chunk(number, dim=1)
-        values = [None] * number if self.value_length is None else self.value_length.chunk(number, dim=1)
+        values = [None] * number if self.value_lengths is None else self.value_lengths.chunk(number, dim=1)
         return [Piece(*each, self.valid) for each in zip(queries, keys, values, strict=True)]
 
 
@@ -76,14 +76,14 @@ def cut_windows(
         lengths: Sequence[Tensor | None] = none
     elif 2 * len(places) * length >= value.shape[0] * value.shape[2]:
         # One pass over all sequences is less work than one over each window.
-        whole = lengths_of(value)
+        whole = value_lengths(value)
         lengths = [whole[row : row + 1, :, tokens] for row, tokens in places]
     else:
-        lengths = [lengths_of(each) for each in cut(value)]
+        lengths = [value_lengths(each) for each in cut(value)]
     return [Piece(*each) for each in zip(cut(query), cut(key), lengths, masks, strict=True)]
 
 
-def lengths_of(value: Tensor) -> Tensor:
+def value_lengths(value: Tensor) -> Tensor:
     """Lengths of values.
 
     Args:
@@ -107,11 +107,11 @@ def copied(pieces: Sequence[Piece]) -> list[Piece]:
 
     def together(tensors: list[Tensor]) -> tuple[Tensor, ...]:
         sizes = [len(each) for each in tensors]
-        if tensors[0].dim() < 4 or tensors[0].stride(1) > tensors[0].stride(2):
+        if tensors[0].stride(1) > tensors[0].stride(2):
             return torch.cat(tensors).split(sizes)  # type: ignore[no-any-return, no-untyped-call]
         # Tokens before heads, as projections leave them in memory: they are copied as they lie.
         return torch.cat([each.transpose(1, 2) for each in tensors]).transpose(1, 2).split(sizes)  # type: ignore[no-any-return, no-untyped-call]
 
     queries, keys = together([piece.query for piece in pieces]), together([piece.key for piece in pieces])
     valid = [None if piece.valid is None else piece.valid.clone() for piece in pieces]
-    return [Piece(q, k, piece.value_length, v) for q, k, v, piece in zip(queries, keys, valid, pieces, strict=True)]
+    return [Piece(q, k, piece.value_lengths, v) for q, k, v, piece in zip(queries, keys, valid, pieces, strict=True)]

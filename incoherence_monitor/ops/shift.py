@@ -32,7 +32,7 @@ and learning rates tried. It is near 1 as a rule; in the first steps from scratc
 one token over and over it is infinite (docs/shift_residual.md).
 """
 _TOKENS_COMPARED = 16
-"""Of each sequence, evenly spread, that tell how alike its values are."""
+"""Of each sequence, at least and where it has as many, evenly spread, that tell how alike its values are."""
 
 
 class GradientSums(NamedTuple):
