@@ -17,7 +17,7 @@ A rule judges a stream only once the baseline has earned it: it must hold enough
 must have been about as good as its scale claims. Early in training, statistics bend faster than any line; a baseline
 that is armed by count alone then cries wolf, and one that is armed by its record waits until the bend is over.
 
-Layer 2: imports baseline, layerwise, modelwide and vectors (the sideways edges), config and records.
+Layer 2: imports baseline, layerwise, modelwide and vectors (the sideways edges), config, records and stats.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .config import MonitorConfig
 from .layerwise import Layerwise
 from .modelwide import Modelwide
 from .records import BoolArray, FloatArray, IntArray, Layout, Verdict
+from .stats import STATISTICS
 from .vectors import EXCURSION_FROM, Evidence, Levels, Trust, Vectors
 
 SMALL_COHORT = 8
@@ -42,9 +43,10 @@ TAIL_START, TAIL_RATE = 0.1, 0.46
 """The largest evidence of a family of n streams passes start + rate * log(N) / q(n) times its usual value once in N
 samples of a healthy run, q being the normal quantile: the maximum of many varies less, in proportion, than of few.
 Heads reorganise in healthy runs too, so the tail is that of an exponential, not of noise (docs/detection.md)."""
-HEAVY_TAILED = {"query_participation_rank": 2.2}
-"""Statistics whose largest evidence passes its usual value by this much more: the queries of a head turn to another
-number of directions within a few samples, in healthy runs, far beyond what any other statistic does."""
+HEAVY_TAILED = {"query_participation_rank": 2.2} | {row.name: 1.6 for row in STATISTICS if row.source == "weights"}
+"""Statistics whose largest evidence passes its usual value by this much more. The queries of a head turn to another
+number of directions within a few samples, in healthy runs, far beyond what any other statistic does; weights hardly
+move but for the few heads that learn something new."""
 LAYER_TAIL_START, LAYER_TAIL_RATE = 0.1, 0.38
 """As for heads, for the layers of a family."""
 PRIOR_LEVEL = 0.6
@@ -109,8 +111,14 @@ class DriftDetector:
             inside = np.arange(part.start, part.stop)
             inside = inside[self.judged[inside]]
             members = [inside[cohort[inside] == label] for label in sorted(set(cohort[inside]))]
+            if layout.stream_of_weights[part].any():
+                few = [each for each in members if len(each) < SMALL_COHORT]
+                self.judged[[stream for each in few for stream in each]] = False
+                members = [each for each in members if len(each) >= SMALL_COHORT]
             self._families += members
             heavy += [HEAVY_TAILED.get(name, 1.0)] * len(members)
+        # Weights hardly scatter: what training does to all of them stands out against their own past alone.
+        self.judged_alone = self.judged & ~layout.stream_of_weights
         quantile = _quantiles([len(members) for members in self._families])
         layers = _quantiles([len(np.unique(layout.stream_layer[members])) for members in self._families])
         self._prior, self._layer_prior = PRIOR_LEVEL * quantile, PRIOR_LEVEL * layers
@@ -169,7 +177,7 @@ class DriftDetector:
         model, model_judged = self.modelwide, self.modelwide.takes(step, self.baseline)
         if model_judged:
             line = self._forecast[1]
-            model.judge(log_values, self.judged, self.baseline, line, tick=tick, step=step, early=early)
+            model.judge(log_values, self.judged_alone, self.baseline, line, tick=tick, step=step, early=early)
         model_deviation, model_evidence = model.newest.deviation, model.standing()
         model_size = np.nan_to_num(np.abs(model_evidence))
         model_beyond = model_size > model.threshold
@@ -239,7 +247,7 @@ class DriftDetector:
         self.trust.reset(streams, Trust(self.layout.size))
         self.evidence.reset(streams, Evidence(self.layout.size))
         self.layerwise.relearn(streams)
-        self.modelwide.relearn(streams, self.judged)
+        self.modelwide.relearn(streams, self.judged_alone)
         self._forecast = None
 
     def grow(self, layout: Layout) -> None:

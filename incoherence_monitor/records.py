@@ -127,6 +127,11 @@ class Layout:
         """Whether a stream belongs to a query head, [S]."""
         return self._per_stream(lambda row, at: [row.kind == "query"] * self.layers[at].heads(row.kind)) > 0
 
+    @cached_property
+    def stream_of_weights(self) -> BoolArray:
+        """Whether a stream is taken from weights, [S]."""
+        return self._per_stream(lambda row, at: [row.source == "weights"] * self.layers[at].heads(row.kind)) > 0
+
     def _per_stream(self, values: Any) -> IntArray:
         rows = [values(row, at) for row in self.rows for at in range(len(self.layers))]
         return np.array([value for row in rows for value in row], dtype=np.int64)

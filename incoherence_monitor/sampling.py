@@ -5,7 +5,7 @@ holds the others; queries and keys are not kept. On a device that is all until t
 the host. On a CPU the worker takes the eigenvalues while training goes on, and where a core is spare the statistics
 too, from copies of the windows: the same operations on the same numbers, wherever they run.
 
-Layer 3: imports aside, keeping, ops, records, shares, sums, transfer, windows, yielded, capture.base.
+Layer 3: imports aside, keeping, ops, records, shares, sums, transfer, weighing, windows, yielded, capture.base.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from .shares import Shares
 from .stats import statistic
 from .sums import Part, SampleSums, part_of, summarise
 from .transfer import to_host
+from .weighing import Weighing
 from .windows import Place, Selection, WindowPlan, choose_window, extend_plan, lengths_of, select_windows
 from .yielded import LayerWindows, to_be_copied, unpacked
 
@@ -72,6 +73,7 @@ class WindowSampler:
         self.barren: dict[str, int] = {}
         self._fruitful: set[str] = set()
         self._step = 0
+        self.weighing = Weighing()
         self.aside = Aside()
         self.on_error: Callable[[str, BaseException], None] = _pass_on
         self.keeper = WindowKeeper()
@@ -79,6 +81,7 @@ class WindowSampler:
 
     def open(self, step: int) -> None:
         """Begin a sample; of a probe, always by the same windows."""
+        self.weighing.open(step)
         self._step = step if self.config.probe is None else 0
         self._open = {}
 
@@ -108,7 +111,13 @@ class WindowSampler:
             part = plan.part(given.micro)
             if sum(part) == 0:
                 return
-            held = self._open.setdefault(given.layer, LayerWindows(layer))
+            held = self._open.get(given.layer)
+            if held is None:
+                held = self._open[given.layer] = LayerWindows(layer)
+                try:
+                    self.weighing.weigh(held, given.weights, self.skipped)
+                except Exception as error:  # Of the weights alone: the windows are measured.
+                    self.on_error(given.layer, error)
             if given.gradient is not None:
                 # Whole sequences, since the identity holds for no part of one; as many as there are windows.
                 values = None if given.value is None else some_values(given.value, sum(part))
@@ -194,20 +203,21 @@ class WindowSampler:
                 self.skipped["windows asked for that the step's batches cannot hold"] += missing
         self.skipped = +self.skipped
         layout = self._layout_of_all()
-        taken = [(layer.info, list(layer.parts), list(layer.residuals)) for layer in held]
+        taken = [(layer.info, list(layer.parts), list(layer.residuals), dict(layer.weights)) for layer in held]
         on_device = [
             [
                 *(tensor for part in parts if isinstance(part, dict) for tensor in part.values()),
                 *(each for each in residuals if isinstance(each, Tensor)),
+                *weights.values(),
             ]
-            for _, parts, residuals in taken
+            for _, parts, residuals, weights in taken
         ]
         arrived = to_host([tensor for tensors in on_device for tensor in tensors])
 
         def finish() -> SampleSums:
             tensors = iter(arrived())
             on_host = []
-            for info, parts, residuals in taken:
+            for info, parts, residuals, weights in taken:
                 found = []
                 for part in parts:
                     here = {name: next(tensors) for name in part} if isinstance(part, dict) else {}
@@ -216,7 +226,8 @@ class WindowSampler:
                     except Exception as error:  # Of this layer alone: the others are judged.
                         self.on_error(info.name, error)
                 there = [next(tensors) if isinstance(each, Tensor) else each() for each in residuals]
-                on_host.append((info, found, there))
+                others = {"shift_residual": there} | {name: [next(tensors)[None]] for name in weights}
+                on_host.append((info, found, others))
             return summarise(layout, on_host)
 
         return finish
@@ -278,6 +289,7 @@ class WindowSampler:
         return {
             "plans": {name: [plan.window, [list(part) for part in plan.parts]] for name, plan in self.plans.items()},
             "fixed": sorted(self.fixed),
+            "weighing": self.weighing.state_dict(),
             "planned_for": self.shares.state_dict(self.plans),
             "layers": Layout(tuple((self.whole or self.layers).values())).to_list(),
         }
@@ -293,6 +305,7 @@ class WindowSampler:
             for name, (window, parts) in state["plans"].items()
         }
         self.fixed = set(state["fixed"])
+        self.weighing.load_state_dict(state["weighing"])
         self.shares.load_state_dict(state.get("planned_for", {}))
         layout = Layout.from_list(state["layers"])
         if self.shares.several:

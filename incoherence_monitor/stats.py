@@ -15,6 +15,7 @@ from typing import Literal
 from .errors import SettingError
 
 HeadKind = Literal["key", "query"]
+Source = Literal["windows", "gradient", "weights"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Statistic:
         on_request: recorded only where `MonitorConfig(statistics=...)` names it, as it takes all pairs of tokens.
         high: what an unusually high value usually means.
         low: what an unusually low value usually means.
-        gradient: is taken from the gradient of a whole sequence's keys, not from windows of queries and keys.
+        source: what it is taken from: "windows" of queries, keys and values; the "gradient" of a whole sequence's keys;
+            the "weights" of the projections.
     """
 
     name: str
@@ -43,7 +45,42 @@ class Statistic:
     high: str
     low: str
     on_request: bool = False
-    gradient: bool = False
+    source: Source = "windows"
+
+
+_SIDES: tuple[tuple[str, str, HeadKind], ...] = (
+    ("query", "W_Q", "query"),
+    ("key", "W_K", "key"),
+    ("value", "W_V", "key"),
+)
+
+
+def _of_weights(side: str, matrix: str, kind: HeadKind) -> tuple[Statistic, Statistic]:
+    """The rows of one projection."""
+    return (
+        Statistic(
+            f"{side}_weight_norm",
+            f"norm of {matrix}",
+            kind,
+            "norm of a matrix",
+            spectral=False,
+            alerts=True,
+            source="weights",
+            high=f"{matrix} is growing: learning rate, weight decay, or noise in its gradient",
+            low=f"{matrix} is shrinking: it loses rank, or weight decay and dead gradients wear it down",
+        ),
+        Statistic(
+            f"{side}_weight_peak",
+            f"peak of {matrix}",
+            kind,
+            "ratio",
+            spectral=False,
+            alerts=True,
+            source="weights",
+            high=f"one weight of {matrix} stands out: a flipped bit, a damaged checkpoint or an outlier channel",
+            low=f"the largest weight of {matrix} falls behind the others: something is added to all of them",
+        ),
+    )
 
 
 STATISTICS: tuple[Statistic, ...] = (
@@ -167,8 +204,9 @@ STATISTICS: tuple[Statistic, ...] = (
         high="the attention backward has lost precision: its kernel, the precision it runs in, or gradients that "
         "underflow; where attention is not shift-invariant by design, the logits or sinks have grown",
         low="the attention backward has become more exact: another kernel or precision",
-        gradient=True,
+        source="gradient",
     ),
+    *(row for side in _SIDES for row in _of_weights(*side)),
     Statistic(
         "logit_max",
         "largest logit",

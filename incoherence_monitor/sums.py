@@ -20,7 +20,10 @@ from .transfer import to_host, triangle
 
 LEAST = 1e-12
 """Lengths and scales of zero count as this, so that a head that dies has a logarithm and is judged."""
-_MAY_BE_ZERO = ("key_norm", "value_norm", "energy_scale")
+_MAY_BE_ZERO = (
+    *("key_norm", "value_norm", "energy_scale"),
+    *("query_weight_norm", "key_weight_norm", "value_weight_norm"),
+)
 LOSSES_HELD = 256
 """Losses kept between two samples, the newest; steps between samples are fewer."""
 
@@ -52,7 +55,7 @@ class SampleSums:
         """[S] as `count`, and zero for what is not taken from windows."""
         result: FloatArray = self.count.copy()
         for row in self.layout.rows:
-            if row.gradient:
+            if row.source != "windows":
                 result[self.layout.slices[row.name]] = 0
         return result
 
@@ -136,12 +139,12 @@ def part_of(keep: Tensor | None, smooth: Mapping[str, Tensor], core: Tensor) -> 
     return Part(kept, values)
 
 
-def summarise(layout: Layout, taken: Iterable[tuple[LayerInfo, list[Part], list[Tensor]]]) -> SampleSums:
-    """Logarithms, and sums over windows, or over sequences for what comes of gradients.
+def summarise(layout: Layout, taken: Iterable[tuple[LayerInfo, list[Part], Mapping[str, list[Tensor]]]]) -> SampleSums:
+    """Logarithms, and sums over windows; over sequences for what comes of gradients.
 
     Args:
         layout: the streams.
-        taken: layers with their parts and their shift residuals [sequences, Hk], on the host.
+        taken: layers with their parts, and what is not taken from windows by statistic, [n, heads] each, on the host.
     """
     total, count, non_finite = np.zeros(layout.size), np.zeros(layout.size), np.zeros(layout.size)
     too_short = 0
@@ -157,7 +160,7 @@ def summarise(layout: Layout, taken: Iterable[tuple[LayerInfo, list[Part], list[
         total[places[at, name]] += np.where(known, logs, 0).sum(axis=0)
         count[places[at, name]] += known.sum(axis=0)
 
-    for info, parts, residuals in taken:
+    for info, parts, others in taken:
         at = at_of[info.name]
         for part in parts:
             bad = _not_finite(part.values)
@@ -166,8 +169,9 @@ def summarise(layout: Layout, taken: Iterable[tuple[LayerInfo, list[Part], list[
                 add(at, name, per_window[part.keep])
             for row in layout.rows:
                 non_finite[places[at, row.name]] += bad[row.kind][part.keep].sum(axis=0)
-        for residual in residuals:
-            add(at, "shift_residual", residual.double().numpy())
+        for name, found in others.items():
+            for each in found:
+                add(at, name, each.double().numpy())
     return SampleSums(layout, total, count, non_finite, too_short)
 
 

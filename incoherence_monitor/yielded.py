@@ -29,11 +29,13 @@ class LayerWindows:
         parts: on the host, in the making; or by name what lies on a device.
         residuals: [sequences, Hk] shift residuals, which come with the backward; on a CPU what makes them of sums,
             since each further operation there takes training's time.
+        weights: by statistic, [heads], what the projections' weights say; empty where they were not looked at.
     """
 
     info: LayerInfo
     parts: list[Future[Part] | dict[str, Tensor]] = field(default_factory=list)
     residuals: list[Tensor | Callable[[], Tensor]] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
     def take_gradient(self, sequences: int, values: Tensor | None, precision: str, grad: Tensor) -> None:
         """Take the gradient of one call's keys.

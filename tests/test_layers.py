@@ -30,7 +30,7 @@ LAYERS = [
         "alerts",
     }
     | {"commands", "causes", "episodes", "loss"},
-    {"aside", "windows", "shares", "capture", "sums", "keeping", "yielded"}
+    {"aside", "windows", "shares", "capture", "sums", "keeping", "yielded", "weighing"}
     | {"sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "attempts", "history", "notebook", "judge", "figures", "field", "inbox"},
     {"metrics", "dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
@@ -45,7 +45,7 @@ SIDEWAYS = {
     "baseline": {"records", "vectors"},
     "layerwise": {"records", "vectors"},
     "modelwide": {"baseline", "records", "vectors"},
-    "detectors": {"baseline", "config", "layerwise", "modelwide", "records", "vectors"},
+    "detectors": {"baseline", "config", "layerwise", "modelwide", "records", "stats", "vectors"},
     "findings": {"records", "stats"},
     "commands": {"config", "records", "stats"},
     "causes": {"findings", "records", "stats"},
@@ -54,7 +54,8 @@ SIDEWAYS = {
     "shares": {"windows"},
     "keeping": {"windows", "capture"},
     "yielded": {"sums"},
-    "sampling": {"aside", "windows", "shares", "sums", "capture", "keeping", "yielded"},
+    "weighing": {"capture", "yielded"},
+    "sampling": {"aside", "windows", "shares", "sums", "capture", "keeping", "weighing", "yielded"},
     "agreement": {"windows", "sums"},
     "distributed": {"windows", "agreement", "capture", "sampling", "sharding", "sums"},
     "judge": {"sums"},

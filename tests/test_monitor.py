@@ -14,9 +14,11 @@ import torch
 
 from incoherence_monitor import History, IncoherenceMonitor, MonitorConfig, head_statistics, sampling
 from incoherence_monitor.errors import HistoryError, SettingError, StateError
+from incoherence_monitor.stats import DEFAULT_RECORDED, statistic
 from incoherence_monitor.trackers import InMemoryTracker
 
 CONFIG = MonitorConfig(window=32)
+WITHOUT_WINDOWS = [name for name in DEFAULT_RECORDED if statistic(name).source != "windows"]
 
 
 def queries_and_keys(step=0, *, batch=8, heads=4, key_heads=2, length=32, dim=8):
@@ -68,9 +70,9 @@ def test_latest_is_head_statistics_of_what_was_observed():
     with monitor.step(0):
         monitor.observe("layer", query, key, value=value, scale=0.3)
     expected = head_statistics(query, key, value=value, scale=0.3)
-    # Nothing was differentiated, so there is no gradient of keys to sum.
-    assert set(monitor.latest) == {*expected, "shift_residual"}
-    assert all(math.isnan(value) for value in monitor.latest["shift_residual"].values())
+    # Nothing was differentiated, so there is no gradient of keys to sum; nor is there a model to read weights of.
+    assert set(monitor.latest) == {*expected, *WITHOUT_WINDOWS}
+    assert all(math.isnan(value) for name in WITHOUT_WINDOWS for value in monitor.latest[name].values())
     for name, values in expected.items():
         means = values.log().mean(dim=0).exp().tolist()
         assert monitor.latest[name] == {
@@ -112,7 +114,7 @@ def test_micro_batches_pool_logs_of_statistics_not_gram_matrices():
         for at in range(0, 8, 2):
             parts.observe("layer", query[at : at + 2], key[at : at + 2], value=2 * key[at : at + 2])
     for name, values in whole.latest.items():
-        assert parts.latest[name] == pytest.approx(values, rel=1e-5, nan_ok=name == "shift_residual"), name
+        assert parts.latest[name] == pytest.approx(values, rel=1e-5, nan_ok=name in WITHOUT_WINDOWS), name
 
 
 def test_any_length_gives_the_same_number_of_windows():
@@ -136,7 +138,7 @@ def test_valid_tokens_alone_count():
     with bare.step(0):
         bare.observe("layer", *(each[:, :, 20:52] for each in (query, key)), value=key[:, :, 20:52])
     for name, values in bare.latest.items():
-        assert padded.latest[name] == pytest.approx(values, rel=1e-6, nan_ok=name == "shift_residual"), name
+        assert padded.latest[name] == pytest.approx(values, rel=1e-6, nan_ok=name in WITHOUT_WINDOWS), name
 
 
 def test_a_head_that_dies_is_found():
@@ -299,7 +301,7 @@ def test_a_state_of_before_a_statistic_came_starts_the_baseline_anew_and_says_so
 
 @pytest.mark.parametrize("state", [{}, {"format": 99}, None, [1]])
 def test_what_is_no_state_is_refused(state):
-    with pytest.raises(StateError, match="no monitor state of format 4"):
+    with pytest.raises(StateError, match="no monitor state of format 5"):
         IncoherenceMonitor(every=1).load_state_dict(state)
 
 

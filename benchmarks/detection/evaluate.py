@@ -11,6 +11,7 @@ import numpy as np
 
 from .compare import NOMINAL, Scored, Signal
 from .faults import BY_NAME, FaultKind
+from .rounds import LATEST
 from .scoring import (
     QUIET,
     Detection,
@@ -182,7 +183,7 @@ def evaluate(scored: Sequence[Scored], signals: dict[str, Signal]) -> dict[str, 
     parts = {name: faults for name, faults in groups.items() if faults}
     one_head = groups["one head"]
     finer = {
-        "one head, kinds never looked at": [one for one in one_head if BY_NAME[one.spec.what].declared == "third"],
+        "one head, kinds never looked at": [one for one in one_head if BY_NAME[one.spec.what].declared == LATEST],
         "one head, plain": [one for one in one_head if one.spec.severity not in BY_NAME[one.spec.what].subtle],
         "one head, subtle": [one for one in one_head if one.spec.severity in BY_NAME[one.spec.what].subtle],
         **{

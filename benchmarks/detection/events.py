@@ -15,6 +15,7 @@ FOLLOWED = 120
 """Steps for which an event is followed: 24 samples."""
 EVALUATION_AFTER, EVALUATION_BATCHES = 50, 50
 RESUME_AFTER = 60
+VISIT = 50
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,20 @@ class _Mixture(Injector):
 
     def after_update(self, step: int) -> None:
         self._training.batches.text = self._texts[(step - FORK_STEP + 1) % 2]
+
+
+class _Visit(Injector):
+    """Another text for a while."""
+
+    def __init__(self, training: Training) -> None:
+        self._training, self._own = training, training.batches.text
+
+    def start(self) -> None:
+        self._training.batches.text = self._training.kind.other_text
+
+    def after_update(self, step: int) -> None:
+        if step - FORK_STEP + 1 == VISIT:
+            self._training.batches.text = self._own
 
 
 class _Evaluation(Injector):
@@ -130,6 +145,9 @@ EVENTS: tuple[Event, ...] = (
     Event("length_192", "sequences of 128 become 192 tokens, windows stay 128", "third", _length(192)),
     Event("rate_x0.6", "the learning rate steps to 0.6 of the schedule", "third", lambda training: _Rate(0.6)),
     Event("decay_x10", "the weight decay becomes ten times as large", "third", _decay),
+    Event("rate_x1.5", "the learning rate steps to 1.5 times the schedule", "fourth", lambda training: _Rate(1.5)),
+    Event("batch_6", "batch size 8 becomes 6", "fourth", _batch(6)),
+    Event("visit", "another text for 50 steps, and back", "fourth", _Visit),
 )  # fmt: skip
 
 BY_NAME: dict[str, Event] = {event.name: event for event in EVENTS}

@@ -12,8 +12,8 @@ layer. Faults of all heads, data, optimizer and kernel: anything counts, there i
 **Blind.** Declared beforehand where no recorded statistic can see the fault but through what the rest of the model
 learns from it; reported apart.
 
-**Tune and held out.** Each kind says for which round of the work it was declared (rounds.py). Those of the third round,
-at the end of the table, are never looked at before the report; all kinds run on the held-out seeds.
+**Tune and held out.** Each kind says for which round of the work it was declared (rounds.py). Those of the fourth
+round, at the end of the table, are never looked at before the report; all kinds run on the held-out seeds.
 """
 
 from __future__ import annotations
@@ -185,6 +185,20 @@ FAULTS: tuple[FaultKind, ...] = (
               ("one", "layer"), (1.57, 0.4), (0.4,), "third", make.turned),
     FaultKind("wk_noise", "noise of this share of its rms is added to W_K", "key", ("one", "layer"), (0.03, 0.01),
               (0.01,), "third", make.noisy),
+    FaultKind("value_gradient_noise", "noise of so many times its rms enters the gradient of W_V", "value", ("one",),
+              (10, 3), (3,), "fourth",
+              lambda training, heads, value: do.GradientNoise(weights_of(training, heads, "value"), value)),
+    FaultKind("stale_query_momentum", "Adam's first moment of the head's W_Q stays at so many times its value at the "
+              "onset", "query", ("one", "layer"), (3, 1), (1,), "fourth",
+              lambda training, heads, value: do.StaleMomentum(training, weights_of(training, heads, "query"), value)),
+    FaultKind("key_frozen", "the learning rate of the head's W_K falls to this share", "key", ("one", "layer"),
+              (0.0, 0.3), (0.3,), "fourth", make.amplified("key")),
+    FaultKind("value_bias", "a constant vector is added to values, growing by this share of the mean value norm",
+              "value", ("one", "layer"), (0.02, 0.005), (0.005,), "fourth", make.edit("value", do.growing_bias)),
+    FaultKind("query_few_bits", "the head's queries are rounded to so many bits of mantissa, at once", "query",
+              ("one", "layer"), (1, 2), (2,), "fourth", make.edit("query", do.few_bits)),
+    FaultKind("weights_few_bits", "W_K is rounded to so many bits of mantissa after every update", "key",
+              ("one", "layer"), (2, 5), (5,), "fourth", make.rounded),
 )  # fmt: skip
 
 BY_NAME: dict[str, FaultKind] = {fault.name: fault for fault in FAULTS}

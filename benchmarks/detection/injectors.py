@@ -95,7 +95,7 @@ class EditOutput(Injector):
         modules = attentions(self._training.model)
         for layer in sorted({layer for layer, _ in self._heads}):
             attention = modules[layer]
-            norm = getattr(attention, "k_norm" if self._side == "key" else "q_norm", None)
+            norm = getattr(attention, {"key": "k_norm", "query": "q_norm"}.get(self._side, ""), None)
             module = norm if norm is not None else projection(attention, self._side)
             mine = [head for head in self._heads if head[0] == layer]
             module.register_forward_hook(self._hook(mine, by_head=norm is not None))

@@ -191,3 +191,14 @@ def noisy(training: Training, heads: list[Head], share: float) -> Injector:
             weight.add_(size * torch.randn(weight.shape, generator=generator))
 
     return do.EachUpdate(disturb)
+
+
+def rounded(training: Training, heads: list[Head], bits: float) -> Injector:
+    """Weights that are kept in few bits, so that small updates are lost."""
+    parts, edit = weights_of(training, heads, "key"), do.few_bits(bits)
+
+    def cut() -> None:
+        for head in parts:
+            head.weight.data.copy_(edit(head.weight.data, 0, (0, 0)))
+
+    return do.EachUpdate(cut, at_once=True)

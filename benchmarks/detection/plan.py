@@ -25,29 +25,35 @@ HEALTHY: dict[Round, dict[str, int]] = {
     "second": {"learned": 10, "gqa": 6, "qknorm": 8, "sliding": 5, "large": 3, "lora": 4},
     "calibration": {"learned": 8, "gqa": 6, "qknorm": 6, "sliding": 5, "large": 2, "lora": 3},
     "third": {"learned": 10, "gqa": 7, "qknorm": 8, "sliding": 6, "large": 4, "lora": 5},
+    "fourth": {"learned": 10, "gqa": 7, "qknorm": 8, "sliding": 6, "large": 4, "lora": 5},
 }
 BASES: dict[Round, tuple[int, ...]] = {
     "first": (900,), "second": (1900, 1901), "calibration": (1900, 1901), "third": (2900, 2901),
+    "fourth": (3900, 3901),
 }  # fmt: skip
 """Seeds of the models that "lora" adapts."""
 DRAWN_AS: dict[Round, str] = {
-    "first": "forks of tune", "second": "forks of held-out", "third": "forks of the third round"
+    "first": "forks of tune", "second": "forks of held-out", "third": "forks of the third round",
+    "fourth": "forks of the fourth round",
 }  # fmt: skip
 """What the draws of a round are seeded with; the first two as they were called when their runs were made."""
 SHARE: dict[str, float] = {"learned": 4, "gqa": 2.5, "qknorm": 3, "sliding": 2, "large": 1, "lora": 1.5}
 """How often faults fall to each kind of model: the cheap ones more often."""
 ONE_HEAD_REPEATS: dict[Round, dict[str, int]] = {
     "first": {"plain": 3, "subtle": 2}, "second": {"plain": 3, "subtle": 2}, "third": {"plain": 1, "subtle": 1},
+    "fourth": {"plain": 1, "subtle": 1},
 }  # fmt: skip
 """Runs of every severity of a fault of one head, each on another kind of model."""
 NEW_ONE_HEAD_REPEATS = 2
-"""The same for plain severities of kinds that the third round declares."""
+"""The same for plain severities of kinds that the third round and the fourth declare for themselves."""
+CLOSELY: tuple[Round, ...] = ("third", "fourth")
+"""Rounds whose forks follow their parents closely: every prefix holds as large a part of both."""
 KERNEL_REPEATS: dict[tuple[Round, Scope], int] = {
     ("first", "all"): 1, ("first", "layer"): 1, ("second", "all"): 2, ("second", "layer"): 1,
-    ("third", "all"): 1, ("third", "layer"): 1,
+    ("third", "all"): 1, ("third", "layer"): 1, ("fourth", "all"): 1, ("fourth", "layer"): 1,
 }  # fmt: skip
-ORGANIC: dict[Round, int] = {"first": 4, "second": 9, "third": 6}
-EVENT_REPEATS: dict[Round, int] = {"first": 4, "second": 4, "third": 2}
+ORGANIC: dict[Round, int] = {"first": 4, "second": 9, "third": 6, "fourth": 6}
+EVENT_REPEATS: dict[Round, int] = {"first": 4, "second": 4, "third": 2, "fourth": 2}
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,7 @@ def _repeats(fault: FaultKind, severity: float, scope: Scope, number: Round) -> 
         return 1
     if severity in fault.subtle:
         return ONE_HEAD_REPEATS[number]["subtle"]
-    return NEW_ONE_HEAD_REPEATS if fault.declared == "third" else ONE_HEAD_REPEATS[number]["plain"]
+    return NEW_ONE_HEAD_REPEATS if fault.declared == number and number in CLOSELY else ONE_HEAD_REPEATS[number]["plain"]
 
 
 def _forks(healthy: list[RunSpec], number: Round) -> dict[str, list[RunSpec]]:
@@ -205,16 +211,15 @@ def make_plan() -> list[RunSpec]:
         placed.extend((first + (last - first) * (at + 0.5) / len(runs), run) for at, run in enumerate(runs))
 
     for number, mine in healthy.items():
-        # The third round's forks follow their parents closely: every prefix holds as large a part of both.
-        third = number == "third"
-        spread(mine, 0.0, 1.0 if third else 0.45)
+        close = number in CLOSELY
+        spread(mine, 0.0, 1.0 if close else 0.45)
         groups = _forks(mine, number)
         seen: set[str] = set()
         for name, runs in groups.items():
             # The same fault on the same head of the same run, drawn twice, would be counted twice.
             fresh = [run for run in runs if not (run.name in seen or seen.add(run.name))]  # type: ignore[func-returns-value]
             first = 0.15 if name == "one" else 0.3
-            spread(fresh, 0.0 if third else first, 0.85 if name == "one" and not third else 1.0)
+            spread(fresh, 0.0 if close else first, 0.85 if name == "one" and not close else 1.0)
     return bases + [run for _, run in sorted(placed, key=lambda pair: (pair[0], pair[1].name))]
 
 

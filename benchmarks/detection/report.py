@@ -21,7 +21,7 @@ from .faults import FAULTS
 from .models import KINDS
 from .plan import make_plan
 from .recorded import done_runs, load, specification
-from .rounds import DECLARED, FIRST_SEED
+from .rounds import DECLARED, FIRST_SEED, LATEST
 
 COMMANDS = (
     "python -m benchmarks.detection run --folder F --workers 2",
@@ -125,14 +125,15 @@ def _setting(results: dict[str, Any]) -> list[str]:
     ]
     lines += _table(["split", "healthy runs, made of planned", "harmless events", "faults", "seeds"], rows)
     kinds = {declared: [fault.name for fault in FAULTS if fault.declared == declared] for declared in DECLARED}
+    seen = [name for declared, names in kinds.items() if declared != LATEST for name in names]
     lines += [
         "",
-        f"Seeds from {FIRST_SEED['second']} to {FIRST_SEED['calibration'] - 1} were held out when the detector was "
-        "first published, have been looked at and serve as tuning data since; those from "
-        f"{FIRST_SEED['calibration']} were added for tuning; those from {FIRST_SEED['third']} are held out now.",
+        f"Seeds from {FIRST_SEED['second']} and from {FIRST_SEED['third']} were held out when earlier detectors were "
+        f"published, have been looked at and serve as tuning data since; those from {FIRST_SEED['calibration']} were "
+        f"added for tuning; those from {FIRST_SEED[LATEST]} are held out now.",
         "",
-        f"Kinds of fault seen in tuning, on tune seeds: {', '.join(kinds['first'] + kinds['second'])}. Never looked "
-        f"at: {', '.join(kinds['third'])}. All figures below are of held-out seeds, on live batches.",
+        f"Kinds of fault seen in tuning, on tune seeds: {', '.join(seen)}. Never looked at: "
+        f"{', '.join(kinds[LATEST])}. All figures below are of held-out seeds, on live batches.",
         "",
         "Every fault is forked from a healthy run, its twin, which trains on with the same data. All adaptive signals "
         "go through the same detector, so that what is compared is what they measure. Thresholds are set on the "

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "incoherence_monitor.scan"
 SCHEMA_VERSION = 1
-SCANNED: tuple[str, ...] = tuple(row.name for row in STATISTICS if not row.on_request and not row.gradient)
+SCANNED: tuple[str, ...] = tuple(row.name for row in STATISTICS if not row.on_request and row.source == "windows")
 """The statistics that a forward without gradients shows."""
 DERIVED = {
     "interaction_rank": ("interaction rank", "dimensions"),

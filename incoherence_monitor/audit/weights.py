@@ -5,30 +5,21 @@ Where a layer holds them apart, they are known by name and shape. Where one weig
 be split, that is taken whose queries and keys are as long as those that attention received, which rotary embedding
 does not change.
 
-Layer 5: imports ops.
+Layer 5: imports capture.projections and ops.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..capture.projections import Split, names_of, rows_of, weight_of
 from ..ops import interaction_rank
 
-_PAIRS = (
-    ("q_proj", "k_proj"),
-    ("query", "key"),
-    ("q_lin", "k_lin"),
-    ("wq", "wk"),
-    ("q", "k"),
-    ("query_proj", "key_proj"),
-    ("linear_q", "linear_k"),
-    ("to_q", "to_k"),
-)
 _AGREE = 0.03
 """Largest departure of a token's length from what a layout gives: bfloat16's rounding, and no other layout."""
 
@@ -42,7 +33,7 @@ class Projections:
         Args:
             modules: attention modules.
         """
-        self._modules = [module for module in modules if _pair(module) is None]
+        self._modules = [module for module in modules if names_of(module) is None]
         self._outputs: dict[int, tuple[nn.Module, Tensor]] = {}
         self._stack = ExitStack()
 
@@ -91,11 +82,12 @@ class Projections:
             output = self._outputs.pop(id(inner), (inner, None))[1]
             if output is None or output.shape != (query.shape[2], width):
                 continue
-            weight = _weight(inner, width)
+            weight = weight_of(inner, width)
             if isinstance(weight, str):
                 return f"{name}: {weight}"
-            for layout in (_blocks, _groups):
-                rows = layout(torch.arange(width, device=output.device), query_heads, key_heads, dim)
+            for split in get_args(Split):
+                places = torch.arange(width, device=output.device)
+                rows = [each.flatten() for each in rows_of(places, split, query_heads, key_heads, dim)[:2]]
                 ways = zip((query, key), rows, strict=True)
                 if all(_as_long(given[0], output[:, part].reshape(len(output), -1, dim)) for given, part in ways):
                     return weight[rows[0].to(weight.device)], weight[rows[1].to(weight.device)]
@@ -105,56 +97,24 @@ class Projections:
         return f"{type(module).__name__} holds no projections of queries and keys that are known by name"
 
 
-def _pair(module: nn.Module) -> tuple[str, str] | None:
-    inner = dict(module.named_children())
-    return next((pair for pair in _PAIRS if pair[0] in inner and pair[1] in inner), None)
-
-
 def _separate(module: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor] | str | None:
     rows = query.shape[1] * query.shape[3], key.shape[1] * key.shape[3]
     if isinstance(module, nn.MultiheadAttention):
         if module.in_proj_weight is not None:
             return module.in_proj_weight[: rows[0]], module.in_proj_weight[rows[0] : sum(rows)]
         return module.q_proj_weight, module.k_proj_weight
-    names = _pair(module)
+    names = names_of(module)
     if names is None:
         return None
     weights = []
-    for name, number in zip(names, rows, strict=True):
-        weight = _weight(getattr(module, name), number)
+    for name, number in zip(names[:2], rows, strict=True):
+        weight = weight_of(getattr(module, name), number)
         if isinstance(weight, str):
             return f"{name}: {weight}"
         weights.append(weight)
     if weights[0].shape[1] != weights[1].shape[1]:
         return f"{names[0]} and {names[1]} read inputs of {weights[0].shape[1]} and {weights[1].shape[1]} numbers"
     return weights[0], weights[1]
-
-
-def _weight(module: nn.Module, rows: int) -> Tensor | str:
-    """The weight with this many rows, one for each number of the output; or why there is none."""
-    if hasattr(module, "base_layer"):
-        return "an adapter is added to its weight; merge it first"
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
-        return "its weight is quantised or of a kind of its own"
-    if weight.is_meta:
-        return "its weight has been offloaded"
-    # transformers' Conv1D keeps its weight the other way round.
-    weight = weight.detach().T if type(module).__name__ == "Conv1D" else weight.detach()
-    if weight.shape[0] != rows:
-        return f"its weight has {weight.shape[0]} rows where {rows} were expected"
-    return weight
-
-
-def _blocks(rows: Tensor, query_heads: int, key_heads: int, dim: int) -> tuple[Tensor, Tensor]:
-    """All queries, then all keys, then all values: GPT-2, Phi-3."""
-    return rows[: query_heads * dim], rows[query_heads * dim :][: key_heads * dim]
-
-
-def _groups(rows: Tensor, query_heads: int, key_heads: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Each key head with its queries and values: GPT-NeoX, BLOOM, Falcon."""
-    split = rows.reshape(key_heads, query_heads // key_heads + 2, dim)
-    return split[:, :-2].flatten(), split[:, -2].flatten()
 
 
 def _as_long(received: Tensor, projected: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 Capture yields queries, keys and values and knows no formula.
 
-Layer 3: imports capture.gradients.
+Layer 3: imports capture.gradients and capture.projections.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .gradients import Ask
+from .projections import HeadWeights
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class AttentionInput:
         precision: in which the attention runs, as `gradients.precision_of` names it.
         bent: why its softmax would change if a constant were added to a row of logits; empty if it would not.
         gradient: asks for the gradient of the keys, as long as the step lasts; None where there is no asking.
+        weights: reads the projections' weights, as `projections.head_weights`; None where no module is known.
     """
 
     layer: str
@@ -47,6 +49,7 @@ class AttentionInput:
     precision: str = ""
     bent: str = ""
     gradient: Ask | None = None
+    weights: Callable[[], HeadWeights | str] | None = None
 
 
 Receiver = Callable[[AttentionInput], None]

@@ -3,7 +3,7 @@
 A compiled graph cannot hold the one who waits for a call, so that one is numbered: a small host tensor, the slot,
 holds [its number, calls so far], and the operator looks it up when it runs.
 
-Layer 3: imports capture.base, gradients and masks.
+Layer 3: imports capture.base, gradients, masks and projections.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .base import AttentionInput
 from .gradients import KeySource, Listening, not_invariant, precision_of
 from .masks import TELLING, TokensCache, causal_by, worth_knowing
+from .projections import HeadWeights, head_weights
 
 CACHE = TokensCache()
 _BY_NUMBER: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -74,11 +75,17 @@ class Call:
         if repeats > 1:
             key, value = key[:, ::repeats], None if value is None else value[:, ::repeats]
         gradient = None if self.source is None else functools.partial(listening.begin, self.source, repeats)
+        weights = None if module is None else functools.partial(_weights, module, self.query, key)
         return AttentionInput(
             layer, self.query, key, self.scale, self.valid, micro, starts=self.starts, value=value,
             causal=self.causal, precision=precision_of(module, self.key, self.cast),
-            bent=self.bent or not_invariant(module, {}), gradient=gradient,
+            bent=self.bent or not_invariant(module, {}), gradient=gradient, weights=weights,
         )  # fmt: skip
+
+
+def _weights(module: nn.Module, query: Tensor, key: Tensor) -> HeadWeights | str:
+    """The weights of a call's heads, whose shapes are what has been checked when this is asked."""
+    return head_weights(module, query.shape[1], key.shape[1], query.shape[3])
 
 
 @torch.library.custom_op("incoherence_monitor::tap", mutates_args=("slot",))

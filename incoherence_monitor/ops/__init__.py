@@ -8,7 +8,7 @@ from .reference import energy_field
 from .shapes import Windows, check_shapes
 from .shift import gradient_sums, shift_residual, shift_vector, some_values, too_alike
 from .spectra import spectral_statistics
-from .weights import interaction_rank
+from .weights import interaction_rank, weight_statistics
 
 __all__ = [
     "Piece",
@@ -27,4 +27,5 @@ __all__ = [
     "some_values",
     "spectral_statistics",
     "too_alike",
+    "weight_statistics",
 ]

@@ -1,6 +1,6 @@
-"""What a head has learned, from its projection weights alone.
+"""What a head's projection weights alone say: what it has learned, and how large they are.
 
-Legend of shape suffixes: H query heads, W input width, D head dimension.
+Legend of shape suffixes: H heads, W input width, D head dimension.
 
 Layer 1: imports torch, errors, constants and shapes.
 """
@@ -67,3 +67,27 @@ def interaction_rank(
     cumulative_HD = values_HD.square().cumsum(dim=-1)
     rank_H = (cumulative_HD < share * cumulative_HD[:, -1:]).sum(dim=-1).float() + 1
     return torch.where(undefined_H, torch.full_like(rank_H, float("nan")), rank_H)
+
+
+def weight_statistics(w_q: Tensor, w_k: Tensor, w_v: Tensor | None = None) -> dict[str, Tensor]:
+    """Size and peak of the projection weights of every head: what noise of the batch does not touch.
+
+    Args:
+        w_q: [..., d, D], whose leading axes count query heads in order, any strides and float dtype.
+        w_k: [..., d, D], the same for key heads.
+        w_v: [..., dv, D], the same for key heads; None leaves them out.
+
+    Returns:
+        By statistic, float32 [Hq] or [Hk]: `query_weight_norm`, `key_weight_norm` and `value_weight_norm`, Frobenius
+        norms, >= 0; `query_weight_peak` and its like, the largest absolute entry over that norm, from 1 / sqrt(d D)
+        to 1, NaN where all entries are zero. Not finite where weights are not.
+    """
+    result = {}
+    for side, weight in (("query", w_q), ("key", w_k), ("value", w_v)):
+        if weight is None:
+            continue
+        norm = torch.linalg.vector_norm(weight, dim=(-2, -1), dtype=torch.float32).flatten()
+        largest = torch.linalg.vector_norm(weight, ord=float("inf"), dim=(-2, -1), dtype=torch.float32).flatten()
+        result[f"{side}_weight_norm"] = norm
+        result[f"{side}_weight_peak"] = largest / norm
+    return result
