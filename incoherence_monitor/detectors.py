@@ -17,7 +17,7 @@ A rule judges a stream only once the baseline has earned it: it must hold enough
 must have been about as good as its scale claims. Early in training, statistics bend faster than any line; a baseline
 that is armed by count alone then cries wolf, and one that is armed by its record waits until the bend is over.
 
-Layer 2: imports baseline, layerwise, modelwide and vectors (the sideways edges), config, records and stats.
+Layer 2: imports baseline, layerwise, modelwide and vectors (the sideways edges), config and records.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from .config import MonitorConfig
 from .layerwise import Layerwise
 from .modelwide import Modelwide
 from .records import BoolArray, FloatArray, IntArray, Layout, Verdict
-from .stats import STATISTICS
 from .vectors import EXCURSION_FROM, Evidence, Levels, Trust, Vectors
 
 SMALL_COHORT = 8
@@ -43,10 +42,15 @@ TAIL_START, TAIL_RATE = 0.1, 0.46
 """The largest evidence of a family of n streams passes start + rate * log(N) / q(n) times its usual value once in N
 samples of a healthy run, q being the normal quantile: the maximum of many varies less, in proportion, than of few.
 Heads reorganise in healthy runs too, so the tail is that of an exponential, not of noise (docs/detection.md)."""
-HEAVY_TAILED = {"query_participation_rank": 2.2} | {row.name: 1.6 for row in STATISTICS if row.source == "weights"}
+HEAVY_TAILED = {
+    "query_participation_rank": 2.2,
+    **dict.fromkeys(("query_weight_norm", "key_weight_norm"), 1.3),
+    "value_weight_norm": 1.6,
+    **dict.fromkeys(("query_weight_peak", "key_weight_peak", "value_weight_peak"), 1.2),
+}
 """Statistics whose largest evidence passes its usual value by this much more. The queries of a head turn to another
 number of directions within a few samples, in healthy runs, far beyond what any other statistic does; weights hardly
-move but for the few heads that learn something new."""
+move but those of the few heads that learn something new."""
 LAYER_TAIL_START, LAYER_TAIL_RATE = 0.1, 0.38
 """As for heads, for the layers of a family."""
 PRIOR_LEVEL = 0.6

@@ -45,7 +45,7 @@ SIDEWAYS = {
     "baseline": {"records", "vectors"},
     "layerwise": {"records", "vectors"},
     "modelwide": {"baseline", "records", "vectors"},
-    "detectors": {"baseline", "config", "layerwise", "modelwide", "records", "stats", "vectors"},
+    "detectors": {"baseline", "config", "layerwise", "modelwide", "records", "vectors"},
     "findings": {"records", "stats"},
     "commands": {"config", "records", "stats"},
     "causes": {"findings", "records", "stats"},
