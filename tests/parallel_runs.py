@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from incoherence_monitor import IncoherenceMonitor, MonitorConfig
+from incoherence_monitor import History, IncoherenceMonitor, MonitorConfig
 
 from .models import batches, tiny_model
 
@@ -84,6 +85,7 @@ def results(monitor):
         "alerts": [repr(alert) for alert in monitor.alerts],
         "told": [(alert.step, alert.layer, alert.layer_index, alert.kind, alert.head) for alert in monitor.alerts],
         "samples": monitor.samples,
+        "weights": _weights(monitor),
         "confirmed": monitor.confirmed_critical,
         "failures": coverage.failures,
         "notices": coverage.notices,
@@ -91,6 +93,15 @@ def results(monitor):
         "skipped": coverage.skipped,
         "shares": {name: monitor._sampler.shares.share_of(name) for name in monitor._sampler.plans},
     }
+
+
+def _weights(monitor):
+    """Sizes of weights of the samples in which they were read."""
+    if monitor.output_dir is None or not (monitor.output_dir / "history").exists():
+        return {}
+    names = [f"{side}_weight_norm" for side in ("query", "key", "value")]
+    values = {name: History.open(monitor.output_dir).values(name) for name in names}
+    return {name: value[np.isfinite(value).all(axis=1)] for name, value in values.items()}
 
 
 def one(folder):
