@@ -26,11 +26,8 @@ from .launch import at_hand
 from .logits import ON_REQUEST
 from .passes import first_pass, room_for, second_pass
 from .pieces import Piece, cut_windows, value_lengths
-from .shapes import ELEMENTS_IN_CACHE, Windows, check_shapes, without_autograd
+from .shapes import ELEMENTS_HELD, ELEMENTS_IN_CACHE, Windows, check_shapes, without_autograd
 from .spectra import cholesky_factor, spectral_statistics
-
-_ELEMENTS_HELD = 1 << 19
-"""Of centred keys, or of d x d matrices, that a CPU holds at a time."""
 
 
 def smooth_statistics(
@@ -105,7 +102,7 @@ def piece_statistics(
         if heads < key_heads:
             pieces = [part for window in windows for part in window.split(heads)]
         matrices = 2 * pieces[0].query.shape[0] * pieces[0].query.shape[1]
-        at_once = max(1, _ELEMENTS_HELD // max(pieces[0].key.numel(), matrices * dim**2))
+        at_once = max(1, ELEMENTS_HELD // max(pieces[0].key.numel(), matrices * dim**2))
     groups = [pieces[start : start + at_once] for start in range(0, len(pieces), at_once)]
     with without_autograd(windows[0].key):
         parts = [_of_group(group, scale=scale, also=also, causal=causal) for group in groups]
@@ -142,7 +139,8 @@ def _of_group(
     # energy s^2 kc_j^T A kc_j (METRICS.md), and C^T A C has the eigenvalues of AB. A is divided by the traces of both:
     # ranks and shares do not depend on scale.
     key_gram_BG1DD, query_gram_BGRDD = sums.grams.split_with_sizes(rows, dim=2)
-    trace_BGX, norm_BGX = sums.grams.diagonal(dim1=-2, dim2=-1).sum(dim=-1), torch.linalg.matrix_norm(sums.grams)
+    trace_BGX = sums.grams.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    norm_BGX = torch.linalg.vector_norm(sums.grams, dim=(-2, -1))
     key_energy_BG1, query_energy_BGR = trace_BGX.split_with_sizes(rows, dim=-1)
     key_norm_BG1, query_norm_BGR = norm_BGX.split_with_sizes(rows, dim=-1)
     energy_BGR = key_energy_BG1 * query_energy_BGR
@@ -170,13 +168,17 @@ def _of_group(
     # Rounding may leave a little less than nothing of keys that differ in no direction that queries have.
     first_BGR = first_BGR.clamp(min=0).masked_fill(equal_BG1, 0.0)
     sum_BGR = first_BGR.masked_fill(first_BGR == 0, torch.nan)
-    core_BGRDD = (factor_BG1DD.mT @ forms_BGRDD @ factor_BG1DD).div_(sum_BGR[..., None, None])
+    # As A is symmetric, C^T A C is the transpose of A C, times C.
+    factor_HDD, shape_HXD = factor_BG1DD.flatten(0, 2), (-1, rows[2] * dim, dim)
+    half_BGRDD = torch.bmm(forms_BGRDD.view(shape_HXD), factor_HDD).view(forms_BGRDD.shape)
+    core_BGRDD = torch.bmm(half_BGRDD.mT.reshape(shape_HXD), factor_HDD).view(forms_BGRDD.shape)
+    core_BGRDD.div_(sum_BGR[..., None, None])
     of_queries = [
         (query_energy_BGR / query_norm_BGR).square(),
-        abs(scale) * (energy_BGR * first_BGR).sqrt() / count_B11,
+        (energy_BGR * first_BGR).sqrt() * (abs(scale) / count_B11),
         count_B11 * largest_BGR / sum_BGR,
         (sum_BGR / spread_BGR).square() / count_B11,
-        torch.linalg.matrix_norm(core_BGRDD).pow(-2),
+        torch.linalg.vector_norm(core_BGRDD, dim=(-2, -1)).pow(-2),
         *(torch.cat(each) for each in zip(*pairs, strict=True)),
     ]
     return torch.stack(of_keys).float(), torch.stack(of_queries).float(), core_BGRDD.float()

@@ -18,6 +18,9 @@ from ..transfer import to_device
 ELEMENTS_IN_CACHE = 1 << 16
 """Of keys or of their gradient that a CPU works on at a time: with a copy they fill half a usual second-level cache."""
 
+ELEMENTS_HELD = 1 << 19
+"""Of centred keys, or of d x d matrices, that a CPU holds at a time."""
+
 
 class Windows(NamedTuple):
     """Windows of one length in a batch of longer sequences.
