@@ -80,45 +80,46 @@ def first_pass(
         The statistics in `also`, [N, G, R] each.
     """
     keys, grams_NGXDD, tokens_NGXL = sums
-    _, key_heads, length, dim = keys.shape
+    key_heads, length = keys.shape[1:3]
     invalid_N1L1 = None if piece.valid is None else ~piece.valid[:, None, :, None]
-    _widen(piece.key, keys, invalid_N1L1)
+
+    def masked(rows: Tensor, part: slice) -> Tensor:
+        # Filled, not multiplied: what lies at an invalid position may be NaN.
+        return rows if invalid_N1L1 is None else rows.masked_fill_(invalid_N1L1[:, :, part], 0.0)
+
+    whole, at_once = slice(0, length), room_NGTD.shape[2]
+    parts = [slice(start, start + at_once) for start in range(0, length, at_once)]
+    for part in parts:
+        rows_NGTD = masked(keys[:, :, part].copy_(piece.key[:, :, part]), part)
+        torch.linalg.vector_norm(rows_NGTD, dim=-1, out=tokens_NGXL[:, :, 0, part])
+    if piece.value_lengths is not None:
+        masked(tokens_NGXL[:, :, -1, :, None].copy_(piece.value_lengths[..., None]), whole)
     pairs = []
     if also:
-        queries = _widen(piece.query, keys.new_empty(piece.query.shape), invalid_N1L1)
+        queries = masked(piece.query.to(keys.dtype, copy=True), whole)
         of_pairs = logit_statistics(queries, keys, scale=scale, causal=causal, valid=piece.valid)
         pairs = [torch.unflatten(of_pairs[name], 1, (key_heads, -1)) for name in also]
 
-    torch.linalg.vector_norm(keys, dim=-1, out=tokens_NGXL.select(2, 0))
-    if piece.value_lengths is not None:
-        _widen(piece.value_lengths[..., None], tokens_NGXL[:, :, -1, :, None], invalid_N1L1)
     # Centre before squaring: K^T K - L kbar kbar^T loses the digits that a large mean key takes.
-    if invalid_N1L1 is None or piece.valid is None:
-        keys.sub_(keys.mean(dim=-2, keepdim=True))
-    else:
-        keys.sub_(keys.sum(dim=-2, keepdim=True) / piece.valid.sum(dim=1)[:, None, None, None])
-        keys.masked_fill_(invalid_N1L1, 0.0)
-
-    keys_HLD = keys.view(-1, *keys.shape[2:])
-    torch.bmm(keys_HLD.mT, keys_HLD, out=grams_NGXDD.select(2, 0).view(-1, dim, dim))
-    at_once = room_NGTD.shape[2]
-    for member, query_NGLD in enumerate(torch.unflatten(piece.query, 1, (key_heads, -1)).unbind(dim=2), start=1):
-        gram_HDD = grams_NGXDD.select(2, member).view(-1, dim, dim)
-        for start in range(0, length, at_once):
-            part = slice(start, start + at_once)
-            invalid = None if invalid_N1L1 is None else invalid_N1L1[:, :, part]
-            rows_HTD = _widen(query_NGLD[:, :, part], room_NGTD, invalid).flatten(0, 1)
-            gram_HDD.baddbmm_(rows_HTD.mT, rows_HTD, beta=min(start, 1))
+    count = length if piece.valid is None else piece.valid.sum(dim=1)[:, None, None, None]
+    mean_NG1D = keys.sum(dim=-2, keepdim=True) / count
+    for part in parts:
+        rows_NGTD = masked(keys[:, :, part].sub_(mean_NG1D), part)
+        _add_gram(rows_NGTD, grams_NGXDD.select(2, 0), first=part is parts[0])
+    members = torch.unflatten(piece.query, 1, (key_heads, -1)).unbind(dim=2)
+    for member, query_NGLD in enumerate(members, start=1):
+        for part in parts:
+            query_NGTD = query_NGLD[:, :, part]
+            room = room_NGTD[: len(query_NGTD), :, : query_NGTD.shape[2]]
+            rows_NGTD = masked(room.copy_(query_NGTD), part)
+            _add_gram(rows_NGTD, grams_NGXDD.select(2, member), first=part is parts[0])
     return pairs
 
 
-def _widen(tensor: Tensor, room: Tensor, invalid: Tensor | None) -> Tensor:
-    """Copy into as much of the room as it takes, in the room's dtype."""
-    if tensor.shape != room.shape:
-        room = room[: len(tensor), :, : tensor.shape[2]]
-    room.copy_(tensor)
-    # Filled, not multiplied: what lies at an invalid position may be NaN.
-    return room if invalid is None else room.masked_fill_(invalid, 0.0)
+def _add_gram(rows_NGTD: Tensor, gram_NGDD: Tensor, *, first: bool) -> None:
+    """Add X^T X, or write it where this is the first."""
+    rows_HTD, gram_HDD = rows_NGTD.flatten(0, 1), gram_NGDD.view(-1, *gram_NGDD.shape[2:])
+    gram_HDD.baddbmm_(rows_HTD.mT, rows_HTD, beta=0 if first else 1)
 
 
 def second_pass(sums: Sums, factor_NG1DD: Tensor, forms_NGRDD: Tensor, room_NGTD: Tensor) -> None:
