@@ -12,6 +12,7 @@ Layer 1: imports torch, logits, pieces and shapes.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -89,8 +90,10 @@ def first_pass(
 
     whole, at_once = slice(0, length), room_NGTD.shape[2]
     parts = [slice(start, start + at_once) for start in range(0, length, at_once)]
+    totals = []
     for part in parts:
         rows_NGTD = masked(keys[:, :, part].copy_(piece.key[:, :, part]), part)
+        totals.append(rows_NGTD.sum(dim=-2, keepdim=True))
         torch.linalg.vector_norm(rows_NGTD, dim=-1, out=tokens_NGXL[:, :, 0, part])
     if piece.value_lengths is not None:
         masked(tokens_NGXL[:, :, -1, :, None].copy_(piece.value_lengths[..., None]), whole)
@@ -102,7 +105,7 @@ def first_pass(
 
     # Centre before squaring: K^T K - L kbar kbar^T loses the digits that a large mean key takes.
     count = length if piece.valid is None else piece.valid.sum(dim=1)[:, None, None, None]
-    mean_NG1D = keys.sum(dim=-2, keepdim=True) / count
+    mean_NG1D = reduce(torch.add, totals) / count
     for part in parts:
         rows_NGTD = masked(keys[:, :, part].sub_(mean_NG1D), part)
         _add_gram(rows_NGTD, grams_NGXDD.select(2, 0), first=part is parts[0])
