@@ -1,9 +1,19 @@
-"""Numbers that the definitions fix, shared by the reference and the fast form.
+"""Names and numbers that the definitions fix, shared by the reference and the fast forms.
 
 Layer 1: imports nothing.
 """
 
 from __future__ import annotations
+
+KEY_STATISTICS = ("key_incoherence", "key_norm", "key_leverage", "value_norm")
+QUERY_STATISTICS = (
+    "query_participation_rank",
+    "energy_scale",
+    "energy_localization",
+    "energy_spread",
+    "energy_participation_rank",
+)
+"""What needs no eigenvalues, in the order in which both fast forms have it; the value's only where there are values."""
 
 RANK_SHARE = 0.9
 """Share of the energy that r90 counts (arXiv 2604.04384)."""

@@ -8,7 +8,7 @@ user's run reaches; nothing is read back to the host.
 
 Legend of shape suffixes as in `gram`; B counts windows.
 
-Layer 1: imports torch, launch, logits and shapes.
+Layer 1: imports torch, constants, launch, logits and shapes.
 """
 
 from __future__ import annotations
@@ -18,18 +18,11 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from .constants import KEY_STATISTICS, QUERY_STATISTICS
 from .launch import BLOCK, launch, on_tokens
 from .logits import logit_statistics
 from .shapes import Windows
 
-_KEY_STATISTICS = ("key_incoherence", "key_norm", "key_leverage", "value_norm")
-_QUERY_STATISTICS = (
-    "query_participation_rank",
-    "energy_scale",
-    "energy_localization",
-    "energy_spread",
-    "energy_participation_rank",
-)
 _FIRST_RIDGE = 2.0**-17
 """Added to the diagonal of the keys' Gram matrix, scaled to ones there, before its first factor is taken: above the
 rounding of its float32 sums, so that keys without full rank have a factor too."""
@@ -68,9 +61,8 @@ def smooth_statistics(
         rows = torch.arange(query.shape[0], device=query.device)
         windows = Windows(rows, torch.zeros_like(rows), query.shape[2])
     of_keys, of_queries, core = window_statistics(query, key, value, valid, *windows, scale)
-    names = _KEY_STATISTICS if value is not None else _KEY_STATISTICS[:-1]
-    result = dict(zip(names, of_keys.unbind(), strict=True))
-    result |= dict(zip(_QUERY_STATISTICS, of_queries.unbind(), strict=True))
+    result = dict(zip(KEY_STATISTICS[: len(of_keys)], of_keys.unbind(), strict=True))
+    result |= dict(zip(QUERY_STATISTICS, of_queries.unbind(), strict=True))
     if also:
         of_pairs = _of_pairs(query, key, valid, windows, scale=scale, causal=causal)
         result |= {name: of_pairs[name].float() for name in also}

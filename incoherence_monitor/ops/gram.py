@@ -9,7 +9,7 @@ work on all windows at once takes five times as long. What is as small as d x d 
 Legend of shape suffixes: B windows, G key heads, R query heads per key head, Q = G * R query heads, L tokens,
 D head dimension, N windows of one piece.
 
-Layer 1: imports torch, errors, constants, fused, launch, logits, pieces, shapes and spectra.
+Layer 1: imports torch, errors, constants, fused, launch, logits, passes, pieces, shapes and spectra.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ from torch import Tensor
 
 from ..errors import SettingError
 from . import fused
-from .constants import KEYS_EQUAL_BELOW
+from .constants import KEY_STATISTICS, KEYS_EQUAL_BELOW, QUERY_STATISTICS
 from .launch import at_hand
-from .logits import ON_REQUEST, logit_statistics
+from .logits import ON_REQUEST
+from .passes import first_pass, room_for, second_pass
 from .pieces import Piece, cut_windows, value_lengths
-from .shapes import ELEMENTS_IN_CACHE, Windows, check_shapes, working_dtype
-from .spectra import cholesky_factor, inverse_of_factor, spectral_statistics, unit_trace
-
-_ELEMENTS_HELD = 1 << 19
-"""Of centred keys, or of d x d matrices, that a CPU holds at a time."""
+from .shapes import ELEMENTS_HELD, ELEMENTS_IN_CACHE, Windows, check_shapes, without_autograd
+from .spectra import cholesky_factor, spectral_statistics
 
 
 def smooth_statistics(
@@ -85,7 +83,7 @@ def piece_statistics(
     """`smooth_statistics` of windows in pieces, in their order; a CPU takes some heads of one at a time.
 
     Args:
-        windows: of like shapes; at least one.
+        windows: of like shapes; at least one. Several windows in a piece fit a CPU's cache together.
         scale: as in `smooth_statistics`, and so are `also` and `causal`.
         also: of `ON_REQUEST`.
         causal: bool, or a bool tensor [].
@@ -93,8 +91,7 @@ def piece_statistics(
     Returns:
         As there.
     """
-    number, at_once = sum(len(each.key) for each in windows), len(windows)
-    pieces = windows
+    number, at_once, pieces = sum(len(each.key) for each in windows), len(windows), windows
     if windows[0].key.device.type == "cpu":
         _, key_heads, length, dim = windows[0].key.shape
         heads = next(
@@ -102,169 +99,89 @@ def piece_statistics(
             for each in range(key_heads, 0, -1)
             if key_heads % each == 0 and (each * length * dim <= ELEMENTS_IN_CACHE or each == 1)
         )
-        pieces = [part for window in windows for part in window.split(heads)]
-        at_once = max(1, _ELEMENTS_HELD // max(pieces[0].key.numel(), 2 * pieces[0].query.shape[1] * dim**2))
+        if heads < key_heads:
+            pieces = [part for window in windows for part in window.split(heads)]
+        matrices = 2 * pieces[0].query.shape[0] * pieces[0].query.shape[1]
+        at_once = max(1, ELEMENTS_HELD // max(pieces[0].key.numel(), matrices * dim**2))
     groups = [pieces[start : start + at_once] for start in range(0, len(pieces), at_once)]
-    parts = [_of_group(group, scale=scale, also=also, causal=causal) for group in groups]
+    with without_autograd(windows[0].key):
+        parts = [_of_group(group, scale=scale, also=also, causal=causal) for group in groups]
     # Heads of a window follow each other, as do windows.
-    smooth = {name: torch.cat([part[0][name] for part in parts]).reshape(number, -1) for name in parts[0][0]}
-    core = torch.cat([part[1] for part in parts])
-    return smooth, core.reshape(number, -1, *core.shape[-2:])
+    key_parts, query_parts, cores = zip(*parts, strict=True)
+    of_keys, of_queries, core = torch.cat(key_parts, dim=1), torch.cat(query_parts, dim=1), torch.cat(cores)
+    values = (*of_keys.view(len(of_keys), number, -1).unbind(), *of_queries.view(len(of_queries), number, -1).unbind())
+    names = (*KEY_STATISTICS[: len(of_keys)], *QUERY_STATISTICS, *also)
+    return dict(zip(names, values, strict=True)), core.view(number, -1, *core.shape[-2:])
 
 
 def _of_group(
     pieces: Sequence[Piece], *, scale: float, also: Collection[str], causal: bool | Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
-    """`piece_statistics` of pieces whose centred keys are held together."""
-    _, key_heads, length, dim = pieces[0].key.shape
-    group, device = pieces[0].query.shape[1] // key_heads, pieces[0].key.device
-    sizes = [len(piece.query) for piece in pieces]
-    dtype = working_dtype(device)
-    held = torch.split(torch.empty(sum(sizes), key_heads, length, dim, dtype=dtype, device=device), sizes)
-    # Fresh memory costs more than what is done in it: all pieces work in the same.
-    room_NGLD = torch.empty_like(held[0])
-    of_tokens = [
-        _token_sums(piece, keys, room_NGLD, scale=scale, also=also, causal=causal)
-        for piece, keys in zip(pieces, held, strict=True)
-    ]
-    sums = {name: torch.cat([each[name] for each in of_tokens]) for name in of_tokens[0]}
-    count_B1, raw_energy_BG = sums.pop("count"), sums.pop("square_sum")
-    nan = torch.full((), float("nan"), dtype=dtype, device=device)
-    result = {
-        "key_incoherence": torch.where(raw_energy_BG > 0, count_B1 * sums.pop("square_max") / raw_energy_BG, nan),
-        "key_norm": sums.pop("key_length") / count_B1,
-    }
-    if "value_length" in sums:
-        result["value_norm"] = sums.pop("value_length") / count_B1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`piece_statistics` of pieces that are held together.
 
-    key_gram_BGDD, key_energy_BG = unit_trace(sums.pop("key_gram"))
-    query_gram_BQDD, query_energy_BQ = unit_trace(sums.pop("query_gram"))
-    query_gram_BGRDD = torch.unflatten(query_gram_BQDD, 1, (key_heads, group))
-    result |= sums
-    # False for keys that are not finite, whose NaN then runs through to every statistic.
-    equal_BG = key_energy_BG <= KEYS_EQUAL_BELOW * raw_energy_BG
-    factor_BGDD = cholesky_factor(key_gram_BGDD)
-    whitening_BGDD = inverse_of_factor(factor_BGDD).mT
-    safe_BG = torch.where(key_energy_BG > 0, key_energy_BG, 1.0)
-    forms_BGRDD = query_gram_BGRDD / safe_BG[:, :, None, None, None]
-    of_columns = [
-        _column_energies(keys, whitening, forms, room_NGLD)
-        for keys, whitening, forms in zip(
-            held, torch.split(whitening_BGDD, sizes), torch.split(forms_BGRDD, sizes), strict=True
-        )
+    Returns:
+        Statistics of keys, the last of them if there are values, [S, B, G, 1]; of queries, and `also`, [S, B, G, R];
+        the core [B, G, R, D, D]. All float32.
+    """
+    sums, of_pieces, room_NGTD = room_for(pieces)
+    pairs = [
+        first_pass(piece, part, room_NGTD, scale=scale, also=also, causal=causal)
+        for piece, part in zip(pieces, of_pieces, strict=True)
     ]
-    leverage_BG, columns_BQ3 = (torch.cat(each) for each in zip(*of_columns, strict=True))
-    leverage_BG /= safe_BG
-    result["key_leverage"] = torch.where(equal_BG, nan, count_B1 / dim * leverage_BG)
-    result["query_participation_rank"] = torch.where(
-        query_energy_BQ > 0, 1.0 / torch.linalg.matrix_norm(query_gram_BQDD).square(), nan
-    )
+    length, dim = sums.keys.shape[2:]
+    # Of keys, then of each member's queries.
+    rows, sizes = [1, sums.grams.shape[2] - 1], [len(piece.key) for piece in pieces]
+    count_B11: float | Tensor = length
+    if pieces[0].valid is not None:
+        count_B11 = torch.cat([piece.valid for piece in pieces if piece.valid is not None]).sum(dim=1)[:, None, None]
 
     # With A = Q^T Q and B = Kc^T Kc = C C^T: sum sigma^2 = s^2 tr(AB), sum sigma^4 = s^4 tr(ABAB), column j of E has
-    # energy s^2 kc_j^T A kc_j (METRICS.md), and C^T A C has the eigenvalues of AB. A and B are taken with trace one:
+    # energy s^2 kc_j^T A kc_j (METRICS.md), and C^T A C has the eigenvalues of AB. A is divided by the traces of both:
     # ranks and shares do not depend on scale.
-    core_BQDD = (factor_BGDD.mT[:, :, None] @ query_gram_BGRDD @ factor_BGDD[:, :, None]).flatten(1, 2)
-    second_BQ = torch.linalg.matrix_norm(core_BQDD).square()
-    first_BQ, largest_BQ, square_BQ = columns_BQ3.unbind(dim=-1)
+    key_gram_BG1DD, query_gram_BGRDD = sums.grams.split_with_sizes(rows, dim=2)
+    trace_BGX = sums.grams.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    norm_BGX = torch.linalg.vector_norm(sums.grams, dim=(-2, -1))
+    key_energy_BG1, query_energy_BGR = trace_BGX.split_with_sizes(rows, dim=-1)
+    key_norm_BG1, query_norm_BGR = norm_BGX.split_with_sizes(rows, dim=-1)
+    energy_BGR = key_energy_BG1 * query_energy_BGR
+    # Where there is no energy what comes of it is not used; what is not finite runs through to every statistic.
+    forms_BGRDD = query_gram_BGRDD / energy_BGR.clamp(min=torch.finfo(energy_BGR.dtype).tiny)[..., None, None]
+    factor_BG1DD = cholesky_factor(key_gram_BG1DD, key_norm_BG1)
+    factors, forms = factor_BG1DD.split_with_sizes(sizes), forms_BGRDD.split_with_sizes(sizes)
+    for each in zip(of_pieces, factors, forms, strict=True):
+        second_pass(*each, room_NGTD)
+
+    rows = [1, *rows, sums.tokens.shape[2] - 1 - sum(rows)]
+    length_sum_BG1, _, first_BGR, value_sum_BGV = sums.tokens.sum(dim=-1).split_with_sizes(rows, dim=-1)
+    longest_BG1, leverage_BG1, largest_BGR, _ = sums.tokens.amax(dim=-1).split_with_sizes(rows, dim=-1)
+    root_BG1, _, spread_BGR, _ = torch.linalg.vector_norm(sums.tokens, dim=-1).split_with_sizes(rows, dim=-1)
+    # False for keys that are not finite.
+    equal_BG1 = key_energy_BG1 <= KEYS_EQUAL_BELOW * root_BG1.square()
+    of_keys = [
+        count_B11 * (longest_BG1 / root_BG1).square(),
+        length_sum_BG1 / count_B11,
+        (count_B11 / dim * leverage_BG1.square()).masked_fill(equal_BG1, torch.nan),
+    ]
+    if rows[-1]:
+        of_keys.append(value_sum_BGV / count_B11)
+
     # Rounding may leave a little less than nothing of keys that differ in no direction that queries have.
-    first_BQ = torch.where(equal_BG.repeat_interleave(group, dim=1), 0.0, first_BQ.clamp(min=0))
-    undefined_BQ = ~(first_BQ > 0)
-    sum_BQ, safe_BQ = torch.where(undefined_BQ, nan, first_BQ), safe_BG.repeat_interleave(group, dim=1)
-    energy_scale_BQ = abs(scale) * query_energy_BQ.sqrt() * safe_BQ.sqrt() * first_BQ.sqrt() / count_B1
-    result["energy_scale"] = torch.where(count_B1 > 0, energy_scale_BQ, nan)
-    result["energy_participation_rank"] = sum_BQ.square() / second_BQ
-    result["energy_localization"] = count_B1 * largest_BQ / sum_BQ
-    result["energy_spread"] = sum_BQ.square() / (count_B1 * square_BQ)
-
-    core_BQDD /= sum_BQ[:, :, None, None]
-    return {name: value.float() for name, value in result.items()}, core_BQDD.float()
-
-
-def _token_sums(
-    piece: Piece,
-    centred_NGLD: Tensor,
-    room_NGLD: Tensor,
-    *,
-    scale: float,
-    also: Collection[str],
-    causal: bool | Tensor,
-) -> dict[str, Tensor]:
-    """One pass over the tokens of a piece: what is summed or maximised over them.
-
-    Args:
-        piece: the windows.
-        centred_NGLD: receives the keys less their mean, zero where not valid.
-        room_NGLD: to be written over.
-        scale: as in `smooth_statistics`, and so are `also` and `causal`.
-        also: of `ON_REQUEST`.
-        causal: bool, or a bool tensor [].
-
-    Returns:
-        Sums by name, and those statistics in `also`.
-    """
-    number, key_heads, length, _dim = piece.key.shape
-    invalid_N1L1 = None if piece.valid is None else ~piece.valid[:, None, :, None]
-
-    def widen(tensor: Tensor, room: Tensor) -> Tensor:
-        if tensor.shape != room.shape:
-            room = torch.empty(tensor.shape, dtype=room.dtype, device=room.device)
-        room.copy_(tensor.detach())
-        # Filled, not multiplied: what lies at an invalid position may be NaN.
-        return room if invalid_N1L1 is None else room.masked_fill_(invalid_N1L1, 0.0)
-
-    def gram(rows_NGLD: Tensor) -> Tensor:
-        rows = rows_NGLD.flatten(0, 1)
-        return torch.bmm(rows.mT, rows).reshape(number, key_heads, *rows.shape[-1:] * 2)
-
-    keys = widen(piece.key, centred_NGLD)
-    if piece.valid is None:
-        count_N1 = torch.full((number, 1), float(length), dtype=keys.dtype, device=keys.device)
-    else:
-        count_N1 = piece.valid.sum(dim=1, keepdim=True).to(keys.dtype)
-    sums = {"count": count_N1}
-    if also:
-        queries = widen(piece.query, centred_NGLD.new_empty(0))
-        of_pairs = logit_statistics(queries, keys, scale=scale, causal=causal, valid=piece.valid)
-        sums |= {name: of_pairs[name] for name in also}
-    length_NGL = torch.linalg.vector_norm(keys, dim=-1)
-    sums |= {"key_length": length_NGL.sum(dim=-1), "square_max": length_NGL.amax(dim=-1).square()}
-    sums["square_sum"] = length_NGL.square_().sum(dim=-1)
-    # Centre before squaring: K^T K - L kbar kbar^T loses the digits that a large mean key takes.
-    keys.sub_(keys.sum(dim=-2, keepdim=True) / count_N1[:, :, None, None])
-    if invalid_N1L1 is not None:
-        keys.masked_fill_(invalid_N1L1, 0.0)
-    sums["key_gram"] = gram(keys)
-    of_groups = torch.unflatten(piece.query, 1, (key_heads, -1))
-    grams = [gram(widen(of_groups[:, :, member], room_NGLD)) for member in range(of_groups.shape[2])]
-    sums["query_gram"] = torch.stack(grams, dim=2).flatten(1, 2)
-    if piece.value_lengths is not None:
-        lengths = (
-            piece.value_lengths if invalid_N1L1 is None else piece.value_lengths.masked_fill(invalid_N1L1[..., 0], 0.0)
-        )
-        sums["value_length"] = lengths.sum(dim=-1, dtype=keys.dtype)
-    return sums
-
-
-def _column_energies(
-    centred_NGLD: Tensor, whitening_NGDD: Tensor, forms_NGRDD: Tensor, room_NGLD: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A second pass over the keys.
-
-    Returns:
-        The largest kc_j^T B^-1 kc_j, [N, G]; of kc_j^T A kc_j for each form A the sum, the largest and the sum of
-        squares, [N, Q, 3].
-    """
-    keys, room = centred_NGLD.flatten(0, 1), room_NGLD.flatten(0, 1)
-
-    def times(matrix_NGDD: Tensor) -> Tensor:
-        return torch.bmm(keys, matrix_NGDD.flatten(0, 1), out=room)
-
-    largest = times(whitening_NGDD).square_().sum(dim=-1).amax(dim=-1).reshape(centred_NGLD.shape[:2])
-    of_forms = []
-    for member in range(forms_NGRDD.shape[2]):
-        column = times(forms_NGRDD[:, :, member]).mul_(keys).sum(dim=-1)
-        of_forms.append(torch.stack([column.sum(dim=-1), column.amax(dim=-1), column.square_().sum(dim=-1)], dim=-1))
-    return largest, torch.stack(of_forms, dim=1).reshape(*centred_NGLD.shape[:2], -1, 3).flatten(1, 2)
+    first_BGR = first_BGR.clamp(min=0).masked_fill(equal_BG1, 0.0)
+    sum_BGR = first_BGR.masked_fill(first_BGR == 0, torch.nan)
+    # As A is symmetric, C^T A C is the transpose of A C, times C.
+    factor_HDD, shape_HXD = factor_BG1DD.flatten(0, 2), (-1, rows[2] * dim, dim)
+    half_BGRDD = torch.bmm(forms_BGRDD.view(shape_HXD), factor_HDD).view(forms_BGRDD.shape)
+    core_BGRDD = torch.bmm(half_BGRDD.mT.reshape(shape_HXD), factor_HDD).view(forms_BGRDD.shape)
+    core_BGRDD.div_(sum_BGR[..., None, None])
+    of_queries = [
+        (query_energy_BGR / query_norm_BGR).square(),
+        (energy_BGR * first_BGR).sqrt() * (abs(scale) / count_B11),
+        count_B11 * largest_BGR / sum_BGR,
+        (sum_BGR / spread_BGR).square() / count_B11,
+        torch.linalg.vector_norm(core_BGRDD, dim=(-2, -1)).pow(-2),
+        *(torch.cat(each) for each in zip(*pairs, strict=True)),
+    ]
+    return torch.stack(of_keys).float(), torch.stack(of_queries).float(), core_BGRDD.float()
 
 
 @torch.no_grad()

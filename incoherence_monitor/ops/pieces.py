@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .shapes import Windows
+from .shapes import ELEMENTS_HELD, ELEMENTS_IN_CACHE, Windows
 
 
 class Piece(NamedTuple):
@@ -38,14 +38,18 @@ class Piece(NamedTuple):
         """Pieces of so many key heads, which divides their number."""
         number = self.key.shape[1] // heads
         queries, keys = self.query.chunk(number, dim=1), self.key.chunk(number, dim=1)
-        values = [None] * number if self.value_lengths is None else self.value_lengths.chunk(number, dim=1)
-        return [Piece(*each, self.valid) for each in zip(queries, keys, values, strict=True)]
+        of_values = _chunks(self.value_lengths, number, dim=1)
+        return [Piece(*each, self.valid) for each in zip(queries, keys, of_values, strict=True)]
+
+
+def _chunks(tensor: Tensor | None, number: int, dim: int = 0) -> Sequence[Tensor | None]:
+    return [None] * number if tensor is None else tensor.chunk(number, dim=dim)
 
 
 def cut_windows(
     query: Tensor, key: Tensor, value: Tensor | None, valid: Tensor | None = None, *, windows: Windows | None = None
 ) -> list[Piece]:
-    """Windows one by one, as views of the model's own memory on a CPU.
+    """Windows one by one, as views of the model's own memory on a CPU; whole sequences so many as fit its cache.
 
     Args:
         query: [B, Hq, T, d].
@@ -55,16 +59,17 @@ def cut_windows(
         windows: where they lie, N in all; None if each sequence is one.
 
     Returns:
-        N pieces of one window each, detached.
+        N pieces of one window each, detached; of sequences fewer pieces where they are short, the first of the most.
     """
-    length = key.shape[2]
     if windows is None:
-        places = [(row, slice(None)) for row in range(len(query))]
-    else:
-        rows, starts, length = windows
-        places = [
-            (row, slice(start, start + length)) for row, start in zip(rows.tolist(), starts.tolist(), strict=True)
-        ]
+        _, key_heads, length, dim = key.shape
+        at_once = min(ELEMENTS_IN_CACHE // (key_heads * length * dim), ELEMENTS_HELD // (2 * query.shape[1] * dim**2))
+        number = -(-len(key) // max(1, at_once))
+        queries, keys = query.detach().chunk(number), key.detach().chunk(number)
+        of_values = _chunks(None if value is None else value_lengths(value.detach()), number)
+        return [Piece(*each) for each in zip(queries, keys, of_values, _chunks(valid, number), strict=True)]
+    rows, starts, length = windows
+    places = [(row, slice(start, start + length)) for row, start in zip(rows.tolist(), starts.tolist(), strict=True)]
 
     def cut(tensor: Tensor) -> list[Tensor]:
         tensor = tensor.detach()

@@ -5,16 +5,21 @@ Layer 1: imports torch, errors and transfer.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..errors import SettingError
 from ..transfer import to_device
 
 ELEMENTS_IN_CACHE = 1 << 16
 """Of keys or of their gradient that a CPU works on at a time: with a copy they fill half a usual second-level cache."""
+
+ELEMENTS_HELD = 1 << 19
+"""Of centred keys, or of d x d matrices, that a CPU holds at a time."""
 
 
 class Windows(NamedTuple):
@@ -51,6 +56,24 @@ def working_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def at_hand_here(tensor: Tensor) -> bool:
+    """Whether a tensor's values lie on the host: not on a device, which would be waited for, nor traced or watched."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and _get_current_dispatch_mode() is None
+    )
+
+
+def without_autograd(tensor: Tensor) -> AbstractContextManager[object]:
+    """In which to calculate from a tensor: nothing is recorded, and on the host operations do not look whether it is.
+
+    What is made in it there can take no part in anybody's gradient: operations on it outside give what can.
+    """
+    return torch.inference_mode() if at_hand_here(tensor) else torch.no_grad()
+
+
 def check_shapes(
     query: Tensor,
     key: Tensor,
@@ -71,19 +94,22 @@ def check_shapes(
     Raises:
         SettingError: naming the shapes and what is allowed.
     """
-    shapes = f"query {list(query.shape)}, key {list(key.shape)}"
+
+    def shapes() -> str:
+        return f"query {list(query.shape)}, key {list(key.shape)}"
+
     if query.dim() != 4 or key.dim() != 4:
-        raise SettingError(f"query and key must have four axes, [batch, heads, tokens, head_dim]; got {shapes}.")
+        raise SettingError(f"query and key must have four axes, [batch, heads, tokens, head_dim]; got {shapes()}.")
     if not (query.is_floating_point() and key.is_floating_point()):
         raise SettingError(f"query and key must be floating point; got {query.dtype} and {key.dtype}.")
     if query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
-        raise SettingError(f"query and key must agree in batch, tokens and head_dim; got {shapes}.")
+        raise SettingError(f"query and key must agree in batch, tokens and head_dim; got {shapes()}.")
     if 0 in query.shape or 0 in key.shape:
-        raise SettingError(f"query and key must not be empty; got {shapes}.")
+        raise SettingError(f"query and key must not be empty; got {shapes()}.")
     if query.shape[1] % key.shape[1]:
         raise SettingError(
             f"The number of query heads must be a multiple of the number of key heads; got {query.shape[1]} query "
-            f"heads and {key.shape[1]} key heads ({shapes})."
+            f"heads and {key.shape[1]} key heads ({shapes()})."
         )
     if value is not None and (
         value.dim() != 4 or value.shape[:3] != key.shape[:3] or not value.is_floating_point() or not value.numel()
