@@ -220,21 +220,21 @@ class AlertBook:
         """Confirm the episodes that are still seen, close those that have been calm for long enough."""
         if not self.episodes:
             return []
-        places, restless = {found.place for found in found_now}, Marked(self.layout, verdict.restless)
-        with_data = Marked(self.layout, observed)
+        places, with_data = {found.place for found in found_now}, Marked(self.layout, observed)
+        restless, passed_over = Marked(self.layout, verdict.restless), Marked(self.layout, verdict.passed_over)
         absolute = any(found.rule != "drift" for found in found_now)
         model = self.episodes.get(MODEL)
         whole = verdict.model_restless.any() or (model is not None and model.rule != "drift" and absolute)
         events = []
         for place, episode in list(self.episodes.items()):
-            if place == MODEL and episode.rule == "drift" and not verdict.model_judged:
-                episode.age += 1
+            waits = not verdict.model_judged if place == MODEL else place in passed_over
+            if waits and episode.rule == "drift":
                 continue
             seen = place in places or (bool(whole) if place == MODEL else place in restless)
             seen |= place[0] == "layer" and bool(verdict.layer_restless[:, place[1]].any())
             episode.age += seen or place in with_data
             if seen:
-                episode.calm, episode.confirmed = 0, True
+                episode.calm, episode.confirmed = 0, episode.confirmed or place in places or not waits
             elif place in near.get(episode.rule, ()):
                 episode.calm = 0  # A value that hovers about its bound is one episode, not many.
             elif place in with_data:

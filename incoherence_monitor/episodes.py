@@ -35,7 +35,7 @@ class Episode:
         heads: its heads; none for the model.
         told: whether it has raised an alert; not so while it is muted.
         muted: whether it is muted now.
-        age: samples with data since it opened.
+        age: samples with data since it opened, of those that its place is judged of.
         calm: calm samples in a row.
         confirmed: whether it was seen again after it opened.
     """

@@ -133,8 +133,7 @@ class Layout:
 
     def heads(self, name: str) -> list[tuple[str, int]]:
         """The (layer name, head) of every stream of a statistic, in order."""
-        kind = statistic(name).kind
-        return [(layer.name, head) for layer in self.layers for head in range(layer.heads(kind))]
+        return [(layer.name, head) for layer in self.layers for head in range(layer.heads(statistic(name).kind))]
 
     def stream(self, position: int) -> tuple[Statistic, LayerInfo, int]:
         """Statistic, layer and head of one stream."""
@@ -215,8 +214,7 @@ class Event:
 
     Attributes:
         step: training step of the sample with which it took effect.
-        event: "closed" (an episode is over), "settled" (it was accepted by itself at a new level), "muted" or
-            "accepted" (a user asked for it).
+        event: "closed" (it is over), "settled" (accepted by itself at a new level), "muted", "accepted" (by a user).
         since_step: estimated onset of the episode; -1 where there is none.
         layer: qualified name of the layer; None for the model, and for what covers several.
         kind: as in `Alert`; None for what a user asked for.
@@ -280,6 +278,7 @@ class Verdict:
         deviation: [S] distance from the cohort in robust standard deviations, signed; NaN where not judged.
         width: [S] one of those standard deviations, in log units; NaN where there is no baseline yet.
         evidence: [S] running mean of the deviation, signed, in units of its threshold; NaN where not judged.
+        passed_over: [S] streams that are not judged of this sample: without a cohort, and it lies too near the last.
         alarm: [S] the evidence is beyond its threshold, and this sample departs to the same side.
         restless: [S] beyond half the threshold: an open episode stays open.
         since: [S] step at which the present excursion began; -1 where there is none.
@@ -297,6 +296,7 @@ class Verdict:
     deviation: FloatArray
     width: FloatArray
     evidence: FloatArray
+    passed_over: BoolArray
     alarm: BoolArray
     restless: BoolArray
     since: IntArray

@@ -81,8 +81,8 @@ def judged(layout, evidence):
     part = np.zeros(len(layout.statistics))
     layers = np.zeros((len(layout.statistics), len(layout.layers)))
     verdict = Verdict(
-        expected=nothing, deviation=nothing, width=nothing, evidence=evidence, alarm=none, restless=none,
-        since=np.full(layout.size, -1), armed=none, armed_share=1.0,
+        expected=nothing, deviation=nothing, width=nothing, evidence=evidence, passed_over=none, alarm=none,
+        restless=none, since=np.full(layout.size, -1), armed=none, armed_share=1.0,
         layer_deviation=layers, layer_evidence=layers, layer_alarm=layers > 0, layer_restless=layers > 0,
         layer_since=layers.astype(int), layers_judged=True,
         model_judged=True, model_deviation=part, model_evidence=part, model_alarm=part > 0, model_restless=part > 0,

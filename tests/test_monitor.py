@@ -299,7 +299,7 @@ def test_a_state_of_before_a_statistic_came_starts_the_baseline_anew_and_says_so
 
 @pytest.mark.parametrize("state", [{}, {"format": 99}, None, [1]])
 def test_what_is_no_state_is_refused(state):
-    with pytest.raises(StateError, match="no monitor state of format 4"):
+    with pytest.raises(StateError, match="no monitor state of format 5"):
         IncoherenceMonitor(every=1).load_state_dict(state)
 
 
