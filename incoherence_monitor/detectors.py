@@ -72,6 +72,7 @@ def _quantiles(sizes: list[int]) -> FloatArray:
 
 
 def _alone_tail(heads: int) -> float:
+    """What the threshold of something that rests on so many heads is multiplied by."""
     return ALONE_TAIL if heads < SMALL_COHORT else 1.0
 
 
