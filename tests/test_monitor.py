@@ -80,7 +80,7 @@ def test_latest_is_head_statistics_of_what_was_observed():
 
 def test_without_values_their_statistic_is_undefined_and_nothing_waits_for_it():
     monitor = IncoherenceMonitor(every=1, config=CONFIG)
-    drive(monitor, range(60))
+    drive(monitor, range(60), key_heads=4)
     monitor.flush()
     assert np.isnan(monitor.history.values("value_norm")).all()
     assert np.isfinite(monitor.history.values("key_norm")).all()
