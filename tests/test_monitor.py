@@ -143,7 +143,7 @@ def test_a_head_that_dies_is_found():
     """Its keys and values are exactly zero, of which there is no logarithm."""
     monitor = IncoherenceMonitor(every=1, config=CONFIG)
     for step in range(50):
-        query, key = queries_and_keys(step)
+        query, key = queries_and_keys(step, heads=8, key_heads=8)
         if step >= 40:
             key[:, 1] = 0
         with monitor.step(step):
