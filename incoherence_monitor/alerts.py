@@ -4,7 +4,7 @@ An **episode** opens with an alert and closes after a few calm samples (well bel
 its values have come to rest at another level, or when a user accepts it; while it is open nothing more is told about
 its head. A query head whose key head is drifting is part of that. A muted episode opens and closes without a word.
 
-Layer 2: imports causes, episodes, findings, loss, messages, records and stats.
+Layer 2: imports causes, episodes, findings, loss, messages, records, stats and verdict.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import numpy as np
 
 from . import messages
 from .causes import likely_cause, pattern
-from .episodes import Episode, Marked
+from .episodes import Episode, Marked, Waiting
 from .findings import MODEL, Finding, Place, group
 from .loss import movement
-from .records import Alert, AlertKind, BoolArray, Event, EventKind, Layout, Verdict, head_label
+from .records import Alert, AlertKind, BoolArray, Event, EventKind, Layout, head_label
 from .stats import HeadKind
+from .verdict import Verdict
 
 CALM_SAMPLES = 4
 """Calm samples in a row that close an episode."""
@@ -220,21 +221,20 @@ class AlertBook:
         """Confirm the episodes that are still seen, close those that have been calm for long enough."""
         if not self.episodes:
             return []
-        places, restless = {found.place for found in found_now}, Marked(self.layout, verdict.restless)
-        with_data = Marked(self.layout, observed)
+        places, waiting = {found.place for found in found_now}, Waiting(self.layout, verdict)
+        restless, with_data = Marked(self.layout, verdict.restless), Marked(self.layout, observed)
         absolute = any(found.rule != "drift" for found in found_now)
         model = self.episodes.get(MODEL)
         whole = verdict.model_restless.any() or (model is not None and model.rule != "drift" and absolute)
         events = []
         for place, episode in list(self.episodes.items()):
-            if place == MODEL and episode.rule == "drift" and not verdict.model_judged:
-                episode.age += 1
+            if place in waiting and episode.rule == "drift":
                 continue
             seen = place in places or (bool(whole) if place == MODEL else place in restless)
             seen |= place[0] == "layer" and bool(verdict.layer_restless[:, place[1]].any())
             episode.age += seen or place in with_data
             if seen:
-                episode.calm, episode.confirmed = 0, True
+                episode.calm, episode.confirmed = 0, episode.confirmed or place in places or place not in waiting
             elif place in near.get(episode.rule, ()):
                 episode.calm = 0  # A value that hovers about its bound is one episode, not many.
             elif place in with_data:

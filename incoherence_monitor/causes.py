@@ -1,6 +1,6 @@
 """From the pattern of a head's statistics to the likely cause: a small table, most telling first. Pure.
 
-Layer 2: imports findings, records and stats.
+Layer 2: imports findings, records, stats and verdict.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from .findings import Place
-from .records import Layout, Verdict
+from .records import Layout
 from .stats import statistic
+from .verdict import Verdict
 
 Pattern = Mapping[str, int]
 """Statistics that have moved: +1 up, -1 down."""

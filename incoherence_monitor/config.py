@@ -28,7 +28,8 @@ class MonitorConfig:
             the start of sequences, half at drawn offsets.
         statistics: names of the statistics that raise alerts. All are recorded whatever is named here, but for
             `logit_max` and `attention_entropy`, which take all pairs of a window's tokens: only if named.
-        baseline_samples: samples a baseline holds, at least 28 (24 to be armed, and the 4 newest left out).
+        baseline_samples: samples a baseline holds, at least 28 (24 to be armed, and the 4 newest left out);
+            of kinds with fewer than 8 heads, samples at least 5 training steps apart.
         false_alarm_every: mean number of samples between false warnings of the whole model, at least 1; the one knob
             of sensitivity. Smaller is more sensitive.
         include: globs of layer names to watch.

@@ -17,7 +17,7 @@ A rule judges a stream only once the baseline has earned it: it must hold enough
 must have been about as good as its scale claims. Early in training, statistics bend faster than any line; a baseline
 that is armed by count alone then cries wolf, and one that is armed by its record waits until the bend is over.
 
-Layer 2: imports baseline, layerwise, modelwide and vectors (the sideways edges), config and records.
+Layer 2: imports baseline, layerwise, modelwide and vectors (the sideways edges), config, records and verdict.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from .baseline import ARMED_FROM, MAD_TO_SIGMA, Baseline, Prediction
 from .config import MonitorConfig
 from .layerwise import Layerwise
 from .modelwide import Modelwide
-from .records import BoolArray, FloatArray, IntArray, Layout, Verdict
+from .records import BoolArray, FloatArray, IntArray, Layout
 from .vectors import EXCURSION_FROM, Evidence, Levels, Trust, Vectors
+from .verdict import Verdict
 
 SMALL_COHORT = 8
-"""Below this many heads there is no cohort to compare with: a head is judged by its own past alone."""
+"""Below this many heads there is no cohort to compare with: a head is judged by its own past alone, and as the model of
+samples that lie apart alone (modelwide.py): nothing else takes out of it how learning bends."""
 COHORT_SPREAD = 3.0
 """How much the present spread of a cohort counts for in the scale of its heads' deviations."""
 TAIL_START, TAIL_RATE = 0.1, 0.46
@@ -53,6 +55,9 @@ number of directions within a few samples, in healthy runs, far beyond what any 
 move but those of the few heads that learn something new."""
 LAYER_TAIL_START, LAYER_TAIL_RATE = 0.1, 0.38
 """As for heads, for the layers of a family."""
+ALONE_TAIL = 1.5
+"""What thresholds of heads, of layers and of the model are multiplied by where they rest on fewer heads than a cohort:
+a head's own line forecasts less well than a cohort does, and learning stays in it (docs/detection.md)."""
 PRIOR_LEVEL = 0.6
 """First guess of a family's usual largest evidence, in units of the normal quantile of its number of heads."""
 LEARNED_BELOW = 5.0
@@ -71,6 +76,11 @@ EARLY_STEPS = 100
 def _quantiles(sizes: list[int]) -> FloatArray:
     """Normal quantile of the largest of so many, for each size."""
     return np.array([normal_threshold(max(2, size)) for size in sizes])
+
+
+def _alone_tail(heads: int) -> float:
+    """What the threshold of something that rests on so many heads is multiplied by."""
+    return ALONE_TAIL if heads < SMALL_COHORT else 1.0
 
 
 class DriftDetector:
@@ -108,6 +118,7 @@ class DriftDetector:
                 self.judged &= ~(leverage & (layout.stream_layer == layer_at))
         names = np.array([f"{layer.cohort}/{layer.head_dim}" for layer in layout.layers], dtype=object)
         cohort = names[layout.stream_layer] if layout.layers else np.array([], dtype=object)
+        self.alone = np.zeros(layout.size, dtype=bool)
         self._families: list[IntArray] = []
         heavy = list[float]()
         for name in alerting:
@@ -120,7 +131,9 @@ class DriftDetector:
                 self.judged[[stream for each in few for stream in each]] = False
                 members = [each for each in members if len(each) >= SMALL_COHORT]
             self._families += members
-            heavy += [HEAVY_TAILED.get(name, 1.0)] * len(members)
+            for family in members:
+                self.alone[family] = len(family) < SMALL_COHORT
+                heavy.append(max(HEAVY_TAILED.get(name, 1.0), _alone_tail(len(family))))
         # Weights hardly scatter: what training does to all of them stands out against their own past alone.
         self.judged_alone = self.judged & ~layout.stream_of_weights
         quantile = _quantiles([len(members) for members in self._families])
@@ -130,6 +143,8 @@ class DriftDetector:
         rare = np.log(every * max(1, len(quantile)))
         self._tail = np.array(heavy) * (TAIL_START + TAIL_RATE * rare / quantile)
         self._layer_tail = np.array(heavy) * (LAYER_TAIL_START + LAYER_TAIL_RATE * rare / layers)
+        heads = [int(self.judged_alone[part].sum()) for part in layout.slices.values()]
+        self._model_threshold = self.modelwide.threshold * np.array([_alone_tail(number) for number in heads])
 
     @property
     def threshold(self) -> FloatArray:
@@ -158,38 +173,49 @@ class DriftDetector:
         self.prepare(tick)
         assert self._forecast is not None
         expected, scale = self._forecast[1]
+        model, model_judged = self.modelwide, self.modelwide.takes(step, self.baseline)
         known = np.isfinite(log_values)
+        passed_over = self.alone & (not model_judged)
+        of_weights = self.layout.stream_of_weights
+        if not known[of_weights].any():
+            # Weights are not read of every sample: what they said stands until they are.
+            passed_over = passed_over | of_weights
         residual = np.where(known & self.judged, log_values, np.nan) - expected
         deviation, width = self._against_cohort(residual, scale)
         enough = self.judged & (np.minimum(self.baseline.count, self.config.baseline_samples) >= ARMED_FROM)
-        armed = self.trust.update(deviation, enough)
+        armed = self.trust.update(np.where(passed_over, np.nan, deviation), enough)
         deviation[~armed] = np.nan
         threshold = self.threshold
-        evidence = self.evidence.update(deviation, step, threshold=threshold)
+        evidence = self.evidence.update(deviation, step, threshold=threshold, passed_over=passed_over)
         size = np.nan_to_num(np.abs(evidence))
         beyond = size > threshold
-        self.levels.update(self._largest(evidence))
+        self.levels.update(self._largest(np.where(passed_over, np.nan, evidence)))
 
         early = step < EARLY_STEPS
         layer_deviation = self.layerwise.deviations(deviation)
         if early:
             layer_deviation[:] = np.nan
-        layer_evidence, layer_threshold = self.layerwise.judge(layer_deviation, step, tail=self._layer_tail)
+        layer_passed_over = self.layerwise.of_cells(passed_over)
+        layer_evidence, layer_threshold = self.layerwise.judge(
+            layer_deviation, step, tail=self._layer_tail, passed_over=layer_passed_over
+        )
         layer_size = np.nan_to_num(np.abs(layer_evidence))
         layer_beyond = layer_size > layer_threshold
 
-        model, model_judged = self.modelwide, self.modelwide.takes(step, self.baseline)
         if model_judged:
             line = self._forecast[1]
-            model.judge(log_values, self.judged_alone, self.baseline, line, tick=tick, step=step, early=early)
+            model.judge(
+                log_values, self.judged_alone, self.baseline, line,
+                tick=tick, step=step, early=early, threshold=self._model_threshold,
+            )  # fmt: skip
         model_deviation, model_evidence = model.newest.deviation, model.standing()
         model_size = np.nan_to_num(np.abs(model_evidence))
-        model_beyond = model_size > model.threshold
+        model_beyond = model_size > self._model_threshold
 
         flagged = beyond | self.layerwise.of_streams(layer_beyond) | (np.nan_to_num(np.abs(deviation)) > LEARNED_BELOW)
         for part, moved in zip(self.layout.slices.values(), model_beyond, strict=True):
             flagged[part] |= moved
-        self.baseline.push(log_values, tick, self.judged & known & ~flagged)
+        self.baseline.push(log_values, tick, self.judged & known & ~flagged & ~passed_over)
         if model_judged:
             model.push(log_values, tick, self.judged & known & ~flagged)
         self._forecast = None
@@ -200,7 +226,8 @@ class DriftDetector:
             deviation=deviation,
             width=width,
             evidence=evidence / threshold,
-            alarm=beyond & still_departs(deviation, evidence),
+            passed_over=passed_over,
+            alarm=beyond & still_departs(deviation, evidence) & ~passed_over,
             restless=size > threshold / 2,
             since=self.evidence.since,
             armed=armed,
@@ -208,14 +235,16 @@ class DriftDetector:
             layers_judged=not early,
             layer_deviation=self.layerwise.by_layer(layer_deviation),
             layer_evidence=self.layerwise.by_layer(layer_evidence / layer_threshold),
-            layer_alarm=self.layerwise.by_layer(layer_beyond & still_departs(layer_deviation, layer_evidence)),
+            layer_alarm=self.layerwise.by_layer(
+                layer_beyond & still_departs(layer_deviation, layer_evidence) & ~layer_passed_over
+            ),
             layer_restless=self.layerwise.by_layer(layer_size > layer_threshold / 2),
             layer_since=self.layerwise.by_layer(self.layerwise.evidence.since),
             model_judged=model_judged,
             model_deviation=model_deviation,
-            model_evidence=model_evidence / model.threshold,
+            model_evidence=model_evidence / self._model_threshold,
             model_alarm=model_beyond & still_departs(model_deviation, model_evidence) & model_judged,
-            model_restless=model_size > model.threshold / 2,
+            model_restless=model_size > self._model_threshold / 2,
             model_since=model.evidence.since,
         )
 

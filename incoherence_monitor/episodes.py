@@ -1,6 +1,6 @@
 """An episode, one stretch of drift, and whether values have come to rest at a new level.
 
-Layer 2: imports findings and records.
+Layer 2: imports findings, records and verdict.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from .findings import BOUNDED, Place
 from .records import BoolArray, FloatArray, IntArray, Layout, rearrange
+from .verdict import Verdict
 
 SETTLED_WITHIN = 0.75
 """Two halves of a stretch agree when their means differ by less than so many standard deviations within them.
@@ -35,7 +36,7 @@ class Episode:
         heads: its heads; none for the model.
         told: whether it has raised an alert; not so while it is muted.
         muted: whether it is muted now.
-        age: samples with data since it opened.
+        age: samples with data since it opened, of those that its place is judged of.
         calm: calm samples in a row.
         confirmed: whether it was seen again after it opened.
     """
@@ -78,6 +79,29 @@ class Marked:
         if kind == "model":
             return bool(self._layers.any())
         return bool(self._layers[at] if kind == "layer" else self._heads[kind][at, head])
+
+
+class Waiting:
+    """Places of whose drift this sample says nothing, asked like `Marked`: what was said before stands."""
+
+    def __init__(self, layout: Layout, verdict: Verdict) -> None:
+        """Sort what was passed over.
+
+        Args:
+            layout: the streams.
+            verdict: the detector's.
+        """
+        passed_over, of_weights = verdict.passed_over, layout.stream_of_weights
+        self._model = not verdict.model_judged
+        self._alone = Marked(layout, passed_over & ~of_weights)
+        self._restless = Marked(layout, verdict.restless)
+        self._anew = Marked(layout, verdict.restless & ~passed_over)
+
+    def __contains__(self, place: Place) -> bool:
+        """Whether a head without a cohort was passed over, or only weights that were not read keep a head restless."""
+        if place[0] == "model":
+            return self._model
+        return place in self._alone or (place in self._restless and place not in self._anew)
 
 
 def near_bounds(layout: Layout, near: BoolArray) -> dict[str, Marked]:

@@ -3,7 +3,7 @@
 A **finding** is a head (or the model) that a rule flagged at this sample. Findings of one head are one; those of most
 heads of a layer are the layer's.
 
-Layer 2: imports records and stats; it receives flags as arrays.
+Layer 2: imports records, stats and verdict; it receives flags as arrays.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .records import AlertKind, BoolArray, FloatArray, Layout, Verdict
+from .records import AlertKind, BoolArray, FloatArray, Layout
 from .stats import HeadKind
+from .verdict import Verdict
 
 LAYER_SHARE, LAYER_LEAST = 0.75, 3
 """A layer is told as a whole when so many of its heads of one kind are found at once, and at least three."""

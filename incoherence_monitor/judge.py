@@ -2,7 +2,7 @@
 
 What is judged is what the history holds, in its precision, so that a recorded run gives the same alerts again.
 
-Layer 3: imports alerts, commands, detectors, episodes, findings, sums.
+Layer 3: imports alerts, commands, detectors, episodes, findings, sums, verdict.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from .coverage import ALL_ARMED
 from .detectors import DriftDetector
 from .episodes import Settling, near_bounds
 from .findings import find, without
-from .records import Alert, BoolArray, Event, FloatArray, IntArray, Layout, RecordedSample, Verdict, rearrange
+from .modelwide import SPACING
+from .records import Alert, BoolArray, Event, FloatArray, IntArray, Layout, RecordedSample, rearrange
 from .sums import SampleSums
+from .verdict import Verdict
 
 RUNAWAY_LOGITS = 15.0
 """Standard deviation of the centred logits, in nats, that healthy runs stay below from the first step."""
@@ -257,7 +259,7 @@ class Judge:
             part = self.layout.slices[name]
             judged = self._detector.judged[part]
             armed, count = self._armed[part][judged], self._detector.baseline.count[part][judged]
-            result[name] = _how_armed(armed, count)
+            result[name] = _how_armed(armed, count, apart=bool(self._detector.alone[part].any()))
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -300,7 +302,7 @@ def _shift_bounds(layout: Layout) -> FloatArray:
     return np.array([layer.shift_bound for layer in layout.layers for _ in range(layer.key_heads)], dtype=np.float64)
 
 
-def _how_armed(armed: BoolArray, count: IntArray) -> str:
+def _how_armed(armed: BoolArray, count: IntArray, *, apart: bool) -> str:
     if not len(armed):
         return "not judged: it has one value only in windows this short"
     if armed.all():
@@ -308,7 +310,8 @@ def _how_armed(armed: BoolArray, count: IntArray) -> str:
     few = count[~armed] < ARMED_FROM
     waits = []
     if few.any():
-        waits.append(f"{int(few.sum())} need {ARMED_FROM} samples, the least has {int(count[~armed].min())}")
+        samples = f"{ARMED_FROM} samples{f' at least {SPACING} steps apart' if apart else ''}"
+        waits.append(f"{int(few.sum())} need {samples}, the least has {int(count[~armed].min())}")
     if not few.all():
         waits.append(f"the forecasts of {int((~few).sum())} are not yet good")
     return f"{int(armed.sum())} of {len(armed)} heads; {', '.join(waits)}"

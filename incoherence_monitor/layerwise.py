@@ -80,13 +80,16 @@ class Layerwise:
         result[self._cells] = np.where(enough, others / np.sqrt(np.maximum(number - 1, 1)), np.nan)
         return result
 
-    def judge(self, deviation: FloatArray, step: int, *, tail: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def judge(
+        self, deviation: FloatArray, step: int, *, tail: FloatArray, passed_over: BoolArray
+    ) -> tuple[FloatArray, FloatArray]:
         """Take one sample.
 
         Args:
             deviation: [M * L] as `deviations` returns them.
             step: training step.
             tail: of every family, the multiple of its usual largest evidence that is its threshold.
+            passed_over: [M * L] cells of which the sample is passed over.
 
         Returns:
             Evidence of every cell, NaN where not judged, and its threshold, infinite where nothing is judged.
@@ -94,8 +97,8 @@ class Layerwise:
         threshold = np.full(self._size, np.inf)
         for members, limit in zip(self._families, self.levels.level * tail, strict=True):
             threshold[members] = limit
-        evidence = self.evidence.update(deviation, step, threshold=threshold)
-        size = np.abs(evidence)
+        evidence = self.evidence.update(deviation, step, threshold=threshold, passed_over=passed_over)
+        size = np.where(passed_over, np.nan, np.abs(evidence))
         largest = np.array([np.max(size[m], initial=-1.0, where=np.isfinite(size[m])) for m in self._families])
         self.levels.update(np.where(largest < 0, np.nan, largest))
         return evidence, threshold
@@ -107,6 +110,12 @@ class Layerwise:
     def of_streams(self, cells: BoolArray) -> BoolArray:
         """[S] whether the cell that a stream lies in is marked."""
         marked: BoolArray = cells[self._cell]
+        return marked
+
+    def of_cells(self, streams: BoolArray) -> BoolArray:
+        """[M * L] whether a stream of the cell is marked."""
+        marked = np.zeros(self._size, dtype=bool)
+        marked[self._cell[streams]] = True
         return marked
 
     def relearn(self, streams: BoolArray) -> None:

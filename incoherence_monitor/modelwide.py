@@ -77,6 +77,7 @@ class Modelwide:
         tick: int,
         step: int,
         early: bool,
+        threshold: FloatArray,
     ) -> None:
         """Take one sample that is judged.
 
@@ -88,6 +89,7 @@ class Modelwide:
             tick: number of the sample.
             step: its training step.
             early: whether it is too early in training to judge by.
+            threshold: [M] of the evidence.
         """
         if self.spaced is not None:
             baseline, line = self.spaced, self.spaced.predict(tick)
@@ -97,7 +99,7 @@ class Modelwide:
         deviation[~self.trust.update(deviation, self._mostly(enough, judged))] = np.nan
         if early:
             deviation[:] = np.nan
-        self.evidence.update(deviation, step, threshold=self.threshold)
+        self.evidence.update(deviation, step, threshold=threshold)
         self.newest.deviation, self.newest.step = deviation, np.full(len(deviation), step, dtype=np.int64)
 
     def standing(self) -> FloatArray:

@@ -138,8 +138,7 @@ class Layout:
 
     def heads(self, name: str) -> list[tuple[str, int]]:
         """The (layer name, head) of every stream of a statistic, in order."""
-        kind = statistic(name).kind
-        return [(layer.name, head) for layer in self.layers for head in range(layer.heads(kind))]
+        return [(layer.name, head) for layer in self.layers for head in range(layer.heads(statistic(name).kind))]
 
     def stream(self, position: int) -> tuple[Statistic, LayerInfo, int]:
         """Statistic, layer and head of one stream."""
@@ -220,8 +219,7 @@ class Event:
 
     Attributes:
         step: training step of the sample with which it took effect.
-        event: "closed" (an episode is over), "settled" (it was accepted by itself at a new level), "muted" or
-            "accepted" (a user asked for it).
+        event: "closed" (it is over), "settled" (accepted by itself at a new level), "muted", "accepted" (by a user).
         since_step: estimated onset of the episode; -1 where there is none.
         layer: qualified name of the layer; None for the model, and for what covers several.
         kind: as in `Alert`; None for what a user asked for.
@@ -274,51 +272,6 @@ class RecordedSample:
     loss: float = float("nan")
     commands: tuple[Mapping[str, Any], ...] = ()
     events: tuple[Event, ...] = ()
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the detector makes of one sample; arrays over streams [S], statistics [M] and layers [L].
-
-    Attributes:
-        expected: [S] the baseline's prediction, in the statistic's unit; NaN where there is none yet.
-        deviation: [S] distance from the cohort in robust standard deviations, signed; NaN where not judged.
-        width: [S] one of those standard deviations, in log units; NaN where there is no baseline yet.
-        evidence: [S] running mean of the deviation, signed, in units of its threshold; NaN where not judged.
-        alarm: [S] the evidence is beyond its threshold, and this sample departs to the same side.
-        restless: [S] beyond half the threshold: an open episode stays open.
-        since: [S] step at which the present excursion began; -1 where there is none.
-        armed: [S] the baseline has earned judgement.
-        armed_share: share of the judged streams that have had values which are armed.
-        layer_deviation: [M, L] what the heads of a layer do together, in the same units; NaN where not judged.
-        layers_judged: whether heads that drift together are told as their layer: not in the first steps of training.
-        layer_evidence: [M, L] as `evidence`, for a layer; `layer_alarm`, `layer_restless`, `layer_since` likewise.
-        model_deviation: [M] median over heads of each head's deviation from its own history; NaN where not judged.
-        model_judged: whether the whole model was judged of this sample; if not, the rest is as of the one before.
-        model_evidence: [M] as `evidence`, for the whole model; `model_alarm`, `model_restless`, `model_since` likewise.
-    """
-
-    expected: FloatArray
-    deviation: FloatArray
-    width: FloatArray
-    evidence: FloatArray
-    alarm: BoolArray
-    restless: BoolArray
-    since: IntArray
-    armed: BoolArray
-    armed_share: float
-    layers_judged: bool
-    layer_deviation: FloatArray
-    layer_evidence: FloatArray
-    layer_alarm: BoolArray
-    layer_restless: BoolArray
-    layer_since: IntArray
-    model_judged: bool
-    model_deviation: FloatArray
-    model_evidence: FloatArray
-    model_alarm: BoolArray
-    model_restless: BoolArray
-    model_since: IntArray
 
 
 def head_label(layer_index: int, kind: HeadKind, head: int) -> str:

@@ -79,10 +79,26 @@ class Evidence(Vectors):
         self.mean = np.zeros(size)
         self.side = np.zeros(size, dtype=np.int8)
         self.since = np.full(size, -1, dtype=np.int64)
+        self.stands = np.zeros(size, dtype=bool)
 
-    def update(self, deviation: FloatArray, step: int, *, threshold: FloatArray | float) -> FloatArray:
-        """Take one sample; NaN leaves a stream as it was. Returns the evidence, NaN where the deviation is."""
+    def update(
+        self, deviation: FloatArray, step: int, *, threshold: FloatArray | float, passed_over: BoolArray | None = None
+    ) -> FloatArray:
+        """Take one sample.
+
+        Args:
+            deviation: of every stream; NaN leaves it as it was.
+            step: training step.
+            threshold: of its evidence.
+            passed_over: streams of which the sample is passed over, whatever it holds; None if of none.
+
+        Returns:
+            The evidence, NaN where the deviation is; where the sample is passed over, what was returned before.
+        """
         known = np.isfinite(deviation)
+        if passed_over is not None:
+            known &= ~passed_over
+        self.stands = known if passed_over is None else np.where(passed_over, self.stands, known)
         new = np.clip(np.where(known, deviation, 0), -EVIDENCE_CLIP * threshold, EVIDENCE_CLIP * threshold)
         self.mean = np.where(known, (1 - EVIDENCE_RATE) * self.mean + EVIDENCE_RATE * new, self.mean)
         outside = np.abs(new) > EXCURSION_FROM
@@ -92,7 +108,7 @@ class Evidence(Vectors):
         begins = known & outside & ((self.side == 0) | ends)
         self.since = np.where(begins, step, np.where(ends, -1, self.since))
         self.side = np.where(begins, side, np.where(ends, 0, self.side)).astype(np.int8)
-        return np.where(known, self.mean, np.nan)
+        return np.where(self.stands, self.mean, np.nan)
 
 
 class Levels(Vectors):

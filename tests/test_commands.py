@@ -16,6 +16,7 @@ from incoherence_monitor.cli import main
 from incoherence_monitor.commands import Accept, Checkpoints, Mute, Selection, from_dict, to_dict
 from incoherence_monitor.errors import SettingError
 from incoherence_monitor.inbox import LARGEST, Inbox, post
+from incoherence_monitor.judge import Judge
 from incoherence_monitor.records import LayerInfo, Layout
 from incoherence_monitor.replay import replay
 from incoherence_monitor.reporting import Reporter
@@ -306,3 +307,10 @@ def test_what_is_not_armed_is_said():
     assert monitor.armed() == {"key_norm": "all heads", "key_leverage": "all heads"}
     assert monitor.coverage().armed == monitor.armed()
     assert "armed" not in str(monitor.coverage())
+
+
+def test_what_waits_for_samples_that_lie_apart_is_told_so():
+    judge = Judge(MonitorConfig())
+    for step in range(12):
+        judge.judge_values(LAYOUT, np.ones(LAYOUT.size, np.float32), step=step)
+    assert judge.armed()["key_norm"] == "0 of 4 heads; 4 need 24 samples at least 5 steps apart, the least has 3"

@@ -12,9 +12,10 @@ from incoherence_monitor import IncoherenceMonitor, MonitorConfig
 from incoherence_monitor.dashboard import DISTRIBUTIONS_EVERY, run_name
 from incoherence_monitor.judge import JudgedSample
 from incoherence_monitor.metrics import HEADS_CHARTED, HEADS_CHARTED_EVER, HEADS_LISTED, Charted, drifting_table
-from incoherence_monitor.records import LayerInfo, Layout, RecordedSample, Verdict
+from incoherence_monitor.records import LayerInfo, Layout, RecordedSample
 from incoherence_monitor.stats import STATISTICS
 from incoherence_monitor.trackers import InMemoryTracker, sections
+from incoherence_monitor.verdict import Verdict
 
 from .test_monitor import drive, grow_one_head
 
@@ -82,8 +83,8 @@ def judged(layout, evidence):
     part = np.zeros(len(layout.statistics))
     layers = np.zeros((len(layout.statistics), len(layout.layers)))
     verdict = Verdict(
-        expected=nothing, deviation=nothing, width=nothing, evidence=evidence, alarm=none, restless=none,
-        since=np.full(layout.size, -1), armed=none, armed_share=1.0,
+        expected=nothing, deviation=nothing, width=nothing, evidence=evidence, passed_over=none, alarm=none,
+        restless=none, since=np.full(layout.size, -1), armed=none, armed_share=1.0,
         layer_deviation=layers, layer_evidence=layers, layer_alarm=layers > 0, layer_restless=layers > 0,
         layer_since=layers.astype(int), layers_judged=True,
         model_judged=True, model_deviation=part, model_evidence=part, model_alarm=part > 0, model_restless=part > 0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -270,6 +272,83 @@ def test_a_model_that_breaks_is_told_where_every_step_is_sampled_also_after_a_re
     # At the second sample that is judged, five steps after the first; between two of them what was found stands.
     assert told[0] == 155
     assert all(verdict.model_restless.any() for verdict in whole[155:])
+
+
+FEW = Layout((LayerInfo("only", 0, 4, 4, 16, window=64),))
+EVERY_STREAM = ("expected", "deviation", "evidence", "passed_over", "alarm", "restless", "since", "armed")
+EVERY_LAYER = ("layer_evidence", "layer_alarm", "layer_restless")
+
+
+def of_few(values, detector=None, start=0, spacing=1, layout=FEW):
+    detector = detector or DriftDetector(layout, MonitorConfig())
+    at = range(start, start + len(values))
+    return detector, [
+        detector.judge(row, tick=tick, step=200 + spacing * tick) for tick, row in zip(at, values, strict=True)
+    ]
+
+
+def test_without_a_cohort_heads_and_layers_are_judged_as_if_samples_came_five_steps_apart():
+    """A plateau, then statistics grow, each at its own rate and by ever less."""
+    rate = np.random.default_rng(1).uniform(0.5, 1.5, FEW.size)
+    bend = 0.1 * (1 - np.exp(-np.maximum(np.arange(600) - 250, 0) / 60))
+    values = noise(600, layout=FEW) + bend[:, None] * rate
+    values[500:, FEW.slices["value_norm"].start] += 1.0
+    _, verdicts = of_few(values)
+    _, expected = of_few(values[::5], spacing=5)
+    for left, right in zip(verdicts[::5], expected, strict=True):
+        assert not left.passed_over.any()
+        np.testing.assert_array_equal(left.alarm, right.alarm)
+        for name in ("evidence", "layer_evidence"):
+            np.testing.assert_allclose(getattr(left, name), getattr(right, name), atol=1e-4)
+    for before, verdict in pairwise(verdicts):
+        if verdict.model_judged:
+            continue
+        assert verdict.passed_over.any()
+        assert not verdict.alarm.any()
+        assert not verdict.layer_alarm.any()
+        # Between two that are judged what was found stands, in units of a threshold that the last one may have moved.
+        for name in ("evidence", "layer_evidence"):
+            np.testing.assert_allclose(getattr(verdict, name), getattr(before, name), rtol=0.15)
+        np.testing.assert_array_equal(verdict.since, before.since)
+    # The first alarm is the fault's, at the third sample judged of it, while it is still five steps apart.
+    assert alarms(verdicts)[0] == (510, FEW.slices["value_norm"].start)
+
+
+@pytest.mark.parametrize("cut", [3, 142, 151, 158, 160])
+def test_few_heads_judged_at_every_step_survive_a_resume_exactly(cut):
+    values = noise(190, layout=FEW)
+    values[150:, FEW.slices["key_norm"].start] += 1.0
+    _, whole = of_few(values)
+    first, _ = of_few(values[:cut])
+    second = DriftDetector(FEW, MonitorConfig())
+    second.load_state_dict(first.state_dict())
+    _, rest = of_few(values[cut:], second, start=cut)
+    assert alarms(whole)
+    for left, right in zip(whole[cut:], rest, strict=True):
+        for name in (*EVERY_STREAM, *EVERY_LAYER):
+            np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
+
+
+def test_heads_with_a_cohort_are_judged_of_every_sample():
+    """Beside a layer of a kind of its own with few heads, which is not."""
+    layout = Layout((*LAYOUT.layers, LayerInfo("own", 3, 4, 4, 16, window=64, cohort="sliding")))
+    values = noise(60, layout=layout)
+    at = layout.slices["key_norm"].start + 5
+    values[40:, at] += 0.5
+    detector, verdicts = of_few(values, layout=layout)
+    assert alarms(verdicts)[0] == (41, at)
+    few = layout.stream_layer == 3
+    assert set(np.flatnonzero(verdicts[41].passed_over)) == set(np.flatnonzero(few & detector.judged))
+    counts = detector.baseline.count[detector.judged & ~few], detector.baseline.count[detector.judged & few]
+    assert counts[0].max() == 60
+    assert counts[1].max() == 12
+
+
+def test_thresholds_are_higher_where_there_is_no_cohort():
+    """By half, beside what their number of heads makes of them; those of twice the heads have a cohort."""
+    rule = [DriftDetector(Layout((LayerInfo("l", 0, n, n, 16, window=64),)), MonitorConfig()) for n in (7, 8)]
+    plain = [0.6 * (0.1 * q + 0.46 * np.log(5000 * 7)) for q in (normal_threshold(7), normal_threshold(8))]
+    np.testing.assert_allclose(rule[0].threshold[0] / rule[1].threshold[0], 1.5 * plain[0] / plain[1])
 
 
 def test_steps_that_begin_anew_are_judged_at_once():

@@ -115,6 +115,28 @@ def test_the_model_is_told_once_where_it_is_judged_less_often_than_sampled(monke
     assert not events_of([*samples, *rest])
 
 
+def test_a_head_without_a_cohort_is_told_once_where_it_is_judged_less_often_than_sampled(monkeypatch):
+    """Between two samples that it is judged of, its episode is neither calm nor seen again, and does not age."""
+    monkeypatch.setattr(modelwide, "SPACING", 5)
+    at = stream("key_norm", 1, 0)
+    values = noise(600)
+    values[250:, at] += 1.2
+    judge, samples = judge_all(values[:262])
+    (alert,) = alerts_of(samples)
+    assert (alert.kind, alert.head, alert.severity) == ("key", 0, "warning")
+    assert alert.step % 5 == 0
+    (episode,) = judge.book.episodes.values()
+    assert (episode.age, episode.confirmed) == ((260 - alert.step) // 5, alert.step < 260)
+    _, between = judge_all(values[262:265], judge, start=262)
+    assert (episode.age, episode.calm) == ((260 - alert.step) // 5, 0)
+    assert not events_of(between)
+    _, rest = judge_all(values[265:], judge, start=265)
+    # Accepted at rest, once it has been judged of as many samples as a baseline holds.
+    (event,) = events_of([*samples, *rest])
+    assert event.event == "settled"
+    assert event.step >= alert.step + 5 * CONFIG.baseline_samples
+
+
 @pytest.mark.parametrize(("statistic", "bound"), [("energy_scale", 15.0), ("shift_residual", 3e-4)])
 def test_a_value_that_hovers_about_its_bound_is_one_episode(statistic, bound):
     """In a healthy run with a high learning rate, logits crossed 15 nats again and again: 12 alerts of one layer."""

@@ -82,7 +82,7 @@ def test_latest_is_head_statistics_of_what_was_observed():
 
 def test_without_values_their_statistic_is_undefined_and_nothing_waits_for_it():
     monitor = IncoherenceMonitor(every=1, config=CONFIG)
-    drive(monitor, range(60))
+    drive(monitor, range(60), key_heads=4)
     monitor.flush()
     assert np.isnan(monitor.history.values("value_norm")).all()
     assert np.isfinite(monitor.history.values("key_norm")).all()
@@ -145,7 +145,7 @@ def test_a_head_that_dies_is_found():
     """Its keys and values are exactly zero, of which there is no logarithm."""
     monitor = IncoherenceMonitor(every=1, config=CONFIG)
     for step in range(50):
-        query, key = queries_and_keys(step)
+        query, key = queries_and_keys(step, heads=8, key_heads=8)
         if step >= 40:
             key[:, 1] = 0
         with monitor.step(step):

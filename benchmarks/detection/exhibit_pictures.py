@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from incoherence_monitor import Alert
 from incoherence_monitor.field import SIGNED
 from incoherence_monitor.figures import VALUES, HeadPlace, panel
-from incoherence_monitor.records import Verdict, head_label
+from incoherence_monitor.records import head_label
 from incoherence_monitor.stats import statistic
+from incoherence_monitor.verdict import Verdict
 
 from .judged import Judged, is_right
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from incoherence_monitor import Alert, MonitorConfig
 from incoherence_monitor.judge import Judge
-from incoherence_monitor.records import Verdict
+from incoherence_monitor.verdict import Verdict
 
 from .plan import RunSpec
 from .recorded import Recorded, done_runs, load
