@@ -45,7 +45,7 @@ def test_one_alert_an_episode_and_another_for_the_next():
     values[60:75, at] += 0.6
     values[120:140, at] += 0.6
     _, alerts = judge_all(values)
-    assert [(alert.step, alert.since_step) for alert in alerts] == [(62, 60), (121, 120)]
+    assert [(alert.step, alert.since_step) for alert in alerts] == [(61, 60), (121, 120)]
     first = alerts[0]
     assert (first.layer, first.layer_index, first.kind, first.head) == ("layer1", 1, "key", 0)
     assert (first.statistic, first.severity) == ("key_norm", "warning")

@@ -13,8 +13,17 @@ from incoherence_monitor import MonitorConfig
 from incoherence_monitor.baseline import Baseline
 from incoherence_monitor.detectors import DriftDetector, normal_threshold
 from incoherence_monitor.records import LayerInfo, Layout
+from incoherence_monitor.stats import DEFAULT_RECORDED, statistic
 
-LAYOUT = Layout(tuple(LayerInfo(f"layer{at}", at, 4, 4, 16, window=64) for at in range(3)))
+OF_BATCHES = tuple(name for name in DEFAULT_RECORDED if statistic(name).source != "weights")
+
+
+def layout_of(layers, statistics=OF_BATCHES):
+    """Weights apart: they have rules of their own."""
+    return Layout(layers, statistics)
+
+
+LAYOUT = layout_of(tuple(LayerInfo(f"layer{at}", at, 4, 4, 16, window=64) for at in range(3)))
 KEY_NORM = LAYOUT.slices["key_norm"]
 
 
@@ -77,7 +86,7 @@ def test_normal_threshold_is_the_exact_quantile():
 
 
 def test_threshold_rises_with_the_number_of_heads_and_the_samples_between_false_alarms():
-    many = Layout(tuple(LayerInfo(f"layer{at}", at, 64, 64, 16) for at in range(80)))
+    many = layout_of(tuple(LayerInfo(f"layer{at}", at, 64, 64, 16) for at in range(80)))
     few = DriftDetector(LAYOUT, MonitorConfig()).threshold[KEY_NORM.start]
     loud = DriftDetector(LAYOUT, MonitorConfig(false_alarm_every=100)).threshold[KEY_NORM.start]
     assert DriftDetector(many, MonitorConfig()).threshold[many.slices["key_norm"].start] > few > loud
@@ -174,7 +183,7 @@ def test_armed_only_with_enough_samples():
     assert not verdicts[23].armed.any()
     assert verdicts[-1].armed_share == 1.0
     judged = {name for name, part in LAYOUT.slices.items() if verdicts[-1].armed[part].all()}
-    assert judged == set(MonitorConfig().statistics)
+    assert judged == set(MonitorConfig().statistics) & set(OF_BATCHES)
 
 
 @pytest.mark.parametrize("missing", [np.nan, np.inf, -np.inf])
@@ -192,7 +201,7 @@ def test_constant_input_raises_nothing():
 
 
 def test_small_cohorts_are_judged_by_their_own_past():
-    layout = Layout((LayerInfo("only", 0, 2, 2, 16, window=64),))
+    layout = layout_of((LayerInfo("only", 0, 2, 2, 16, window=64),))
     values = noise(80, layout=layout)
     values[60:, layout.slices["key_norm"].start] += 1.0
     assert alarms(run(values, layout=layout)[1])[0] == (62, layout.slices["key_norm"].start)
@@ -200,7 +209,7 @@ def test_small_cohorts_are_judged_by_their_own_past():
 
 def test_cohorts_do_not_mix_kinds_of_layers():
     """Four sliding layers jump together: for them that is normal, whatever the twelve global ones do."""
-    layout = Layout(
+    layout = layout_of(
         tuple(
             LayerInfo(f"l{at}", at, 4, 4, 16, window=64, cohort="sliding" if at < 4 else "global") for at in range(16)
         )
@@ -212,7 +221,7 @@ def test_cohorts_do_not_mix_kinds_of_layers():
 
 
 def test_key_leverage_is_not_judged_where_it_is_constant():
-    layout = Layout((LayerInfo("wide", 0, 4, 4, 64, window=64),))
+    layout = layout_of((LayerInfo("wide", 0, 4, 4, 64, window=64),))
     detector = DriftDetector(layout, MonitorConfig())
     assert not detector.judged[layout.slices["key_leverage"]].any()
     assert detector.judged[layout.slices["key_norm"]].all()
@@ -220,8 +229,8 @@ def test_key_leverage_is_not_judged_where_it_is_constant():
 
 def test_vectorised_is_the_same_as_head_by_head():
     """Small cohorts judge each head alone, so each head on its own must give the same deviations."""
-    layouts = [Layout((LayerInfo(f"l{at}", 0, 1, 1, 16, window=64, cohort=str(at)),)) for at in range(3)]
-    together = Layout(tuple(LayerInfo(f"l{at}", at, 1, 1, 16, window=64, cohort=str(at)) for at in range(3)))
+    layouts = [layout_of((LayerInfo(f"l{at}", 0, 1, 1, 16, window=64, cohort=str(at)),)) for at in range(3)]
+    together = layout_of(tuple(LayerInfo(f"l{at}", at, 1, 1, 16, window=64, cohort=str(at)) for at in range(3)))
     values = noise(70, layout=together)
     _, verdicts = run(values, layout=together)
     for at, layout in enumerate(layouts):
@@ -274,7 +283,7 @@ def test_a_model_that_breaks_is_told_where_every_step_is_sampled_also_after_a_re
     assert all(verdict.model_restless.any() for verdict in whole[155:])
 
 
-FEW = Layout((LayerInfo("only", 0, 4, 4, 16, window=64),))
+FEW = layout_of((LayerInfo("only", 0, 4, 4, 16, window=64),))
 EVERY_STREAM = ("expected", "deviation", "evidence", "passed_over", "alarm", "restless", "since", "armed")
 EVERY_LAYER = ("layer_evidence", "layer_alarm", "layer_restless")
 
@@ -331,7 +340,7 @@ def test_few_heads_judged_at_every_step_survive_a_resume_exactly(cut):
 
 def test_heads_with_a_cohort_are_judged_of_every_sample():
     """Beside a layer of a kind of its own with few heads, which is not."""
-    layout = Layout((*LAYOUT.layers, LayerInfo("own", 3, 4, 4, 16, window=64, cohort="sliding")))
+    layout = layout_of((*LAYOUT.layers, LayerInfo("own", 3, 4, 4, 16, window=64, cohort="sliding")))
     values = noise(60, layout=layout)
     at = layout.slices["key_norm"].start + 5
     values[40:, at] += 0.5
@@ -346,7 +355,7 @@ def test_heads_with_a_cohort_are_judged_of_every_sample():
 
 def test_thresholds_are_higher_where_there_is_no_cohort():
     """By half, beside what their number of heads makes of them; those of twice the heads have a cohort."""
-    rule = [DriftDetector(Layout((LayerInfo("l", 0, n, n, 16, window=64),)), MonitorConfig()) for n in (7, 8)]
+    rule = [DriftDetector(layout_of((LayerInfo("l", 0, n, n, 16, window=64),)), MonitorConfig()) for n in (7, 8)]
     plain = [0.6 * (0.1 * q + 0.46 * np.log(5000 * 7)) for q in (normal_threshold(7), normal_threshold(8))]
     np.testing.assert_allclose(rule[0].threshold[0] / rule[1].threshold[0], 1.5 * plain[0] / plain[1])
 
@@ -374,7 +383,7 @@ def test_state_survives_a_round_trip_exactly(cut):
 def test_a_layer_that_appears_later_leaves_the_others_as_they_were():
     values = noise(80)
     detector, _ = run(values[:50])
-    wider = Layout((*LAYOUT.layers, LayerInfo("late", 3, 4, 4, 16, window=64)))
+    wider = layout_of((*LAYOUT.layers, LayerInfo("late", 3, 4, 4, 16, window=64)))
     detector.grow(wider)
     positions = wider.positions_in(LAYOUT)
     widened = np.where(positions >= 0, values[:, positions], 1.0)
@@ -394,3 +403,61 @@ def test_state_is_under_one_kilobyte_a_stream():
         detector.judge(noise(1)[0], tick=step, step=step)
     assert detector.modelwide.spaced is not None
     assert sum(value.nbytes for value in tensors_of(detector.state_dict())) / LAYOUT.size < 1000
+
+
+WITH_WEIGHTS = layout_of(tuple(LayerInfo(f"layer{at}", at, 4, 4, 16, window=64) for at in range(3)), DEFAULT_RECORDED)
+OF_WEIGHTS = WITH_WEIGHTS.stream_of_weights
+W_K = WITH_WEIGHTS.slices["key_weight_norm"].start
+
+
+def weights(samples, *, read_every=1, seed=0):
+    """Samples of noise in which weights move little, and are read of every so many alone."""
+    values = noise(samples, seed=seed, layout=WITH_WEIGHTS)
+    values[:, OF_WEIGHTS] = 1 + (values[:, OF_WEIGHTS] - 1) / 10
+    values[np.ix_(np.arange(samples) % read_every > 0, OF_WEIGHTS)] = np.nan
+    return values
+
+
+def test_weights_of_one_head_that_shrink_are_told_though_nothing_else_moves():
+    values = weights(80)
+    values[60:, W_K + 5] -= 0.1
+    assert alarms(run(values, layout=WITH_WEIGHTS)[1])[0] == (61, W_K + 5)
+
+
+def test_weights_of_all_heads_that_grow_together_are_no_fault():
+    values = weights(120)
+    values[60:, OF_WEIGHTS] += 0.05 * np.arange(60)[:, None]
+    _, verdicts = run(values, layout=WITH_WEIGHTS)
+    assert not alarms(verdicts)
+    assert not any(verdict.model_alarm.any() for verdict in verdicts)
+
+
+def test_weights_without_a_cohort_are_not_judged():
+    few = layout_of((LayerInfo("only", 0, 7, 7, 16, window=64),), DEFAULT_RECORDED)
+    detector = DriftDetector(few, MonitorConfig())
+    assert not detector.judged[few.stream_of_weights].any()
+    assert detector.judged[few.slices["key_norm"]].all()
+
+
+def test_what_weights_said_stands_until_they_are_read_again():
+    values = weights(450, read_every=5)
+    values[300:, W_K + 5] -= 0.2
+    detector = DriftDetector(WITH_WEIGHTS, MonitorConfig())
+    verdicts = [detector.judge(row, tick=at, step=200 + at) for at, row in enumerate(values)]
+    told = [at for at, stream in alarms(verdicts) if stream == W_K + 5]
+    assert told[0] == 305
+    assert all(at % 5 == 0 for at in told)
+    for before, verdict in pairwise(verdicts):
+        if verdict.passed_over[OF_WEIGHTS].all():
+            np.testing.assert_array_equal(verdict.restless[OF_WEIGHTS], before.restless[OF_WEIGHTS])
+    assert all(verdict.restless[W_K + 5] for verdict in verdicts[305:330])
+
+
+def test_weights_that_are_never_read_leave_the_rest_as_it_is():
+    values = weights(90)
+    values[:, OF_WEIGHTS] = np.nan
+    values[60:, WITH_WEIGHTS.slices["key_norm"].start] += 0.5
+    _, verdicts = run(values, layout=WITH_WEIGHTS)
+    assert alarms(verdicts)[0][1] == WITH_WEIGHTS.slices["key_norm"].start
+    assert not any(np.isfinite(verdict.evidence[OF_WEIGHTS]).any() for verdict in verdicts)
+    assert verdicts[-1].armed_share == 1.0

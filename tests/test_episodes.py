@@ -66,7 +66,7 @@ def test_a_head_that_settles_elsewhere_is_accepted_and_watched_again():
     assert [event.event for event in events] == ["settled"]
     # Not before it has been open for a whole baseline, and not long after.
     assert 61 + CONFIG.baseline_samples <= events[0].step <= 61 + CONFIG.baseline_samples * 1.5
-    assert [alert.step for alert in alerts_of(samples)] == [62, 201]
+    assert [alert.step for alert in alerts_of(samples)] == [61, 201]
     assert alerts_of(samples)[1].baseline == pytest.approx(np.exp(0.6), rel=0.1)
 
 
