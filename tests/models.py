@@ -7,6 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from incoherence_monitor.stats import DEFAULT_RECORDED, statistic
+
+WITHOUT_WINDOWS = [name for name in DEFAULT_RECORDED if statistic(name).source != "windows"]
+"""Statistics of gradients and of weights."""
+
 
 def tiny_model(
     kind: str = "llama", *, attention: str = "sdpa", dropout: float = 0.0, layers: int = 2, **more: Any

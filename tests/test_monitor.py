@@ -14,11 +14,11 @@ import torch
 
 from incoherence_monitor import History, IncoherenceMonitor, MonitorConfig, head_statistics, sampling
 from incoherence_monitor.errors import HistoryError, SettingError, StateError
-from incoherence_monitor.stats import DEFAULT_RECORDED, statistic
 from incoherence_monitor.trackers import InMemoryTracker
 
+from .models import WITHOUT_WINDOWS
+
 CONFIG = MonitorConfig(window=32)
-WITHOUT_WINDOWS = [name for name in DEFAULT_RECORDED if statistic(name).source != "windows"]
 
 
 def queries_and_keys(step=0, *, batch=8, heads=4, key_heads=2, length=32, dim=8):
