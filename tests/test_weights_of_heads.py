@@ -166,6 +166,7 @@ def test_a_resumed_run_reads_weights_at_the_same_steps():
 def test_compiled_code_shows_its_weights_too():
     model = llama(layers=1)
     expected = by_hand(model.model.layers[0].self_attn)
+    torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
     with IncoherenceMonitor(compiled, every=5) as monitor:
         train(model, monitor, [0], forward=compiled)
