@@ -21,7 +21,7 @@ from .baseline import ARMED_FROM
 from .commands import Checkpoints, Command, Mute, Mutes, to_dict
 from .config import MonitorConfig
 from .coverage import ALL_ARMED
-from .detectors import DriftDetector
+from .detectors import SMALL_COHORT, DriftDetector
 from .episodes import Settling, near_bounds
 from .findings import find, without
 from .modelwide import SPACING
@@ -259,7 +259,11 @@ class Judge:
             part = self.layout.slices[name]
             judged = self._detector.judged[part]
             armed, count = self._armed[part][judged], self._detector.baseline.count[part][judged]
-            result[name] = _how_armed(armed, count, apart=bool(self._detector.alone[part].any()))
+            weights = bool(self.layout.stream_of_weights[part].any())
+            if weights and not judged.any():
+                result[name] = f"not judged: fewer than {SMALL_COHORT} heads of a kind, too few to compare with"
+                continue
+            result[name] = _how_armed(armed, count, apart=weights or bool(self._detector.alone[part].any()))
         return result
 
     def state_dict(self) -> dict[str, Any]:

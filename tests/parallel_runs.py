@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from incoherence_monitor import History, IncoherenceMonitor, MonitorConfig
 
-from .models import batches, tiny_model
+from .models import WITHOUT_WINDOWS, batches, tiny_model
 
 CONFIG = MonitorConfig(window=32)
 LENGTH, GLOBAL_BATCH, STEPS, BROKEN_FROM = 32, 8, 6, 3
@@ -80,7 +80,7 @@ def results(monitor):
     coverage = monitor.coverage()
     return {
         # What is left of a sum that is zero is rounding, which no two ways of adding up have in common.
-        "latest": {name: values for name, values in monitor.latest.items() if name != "shift_residual"},
+        "latest": {name: values for name, values in monitor.latest.items() if name not in WITHOUT_WINDOWS},
         # A NaN is not equal to itself, its representation is.
         "alerts": [repr(alert) for alert in monitor.alerts],
         "told": [(alert.step, alert.layer, alert.layer_index, alert.kind, alert.head) for alert in monitor.alerts],
@@ -97,7 +97,7 @@ def results(monitor):
 
 def _weights(monitor):
     """Sizes of weights of the samples in which they were read."""
-    if monitor.output_dir is None or not (monitor.output_dir / "history").exists():
+    if monitor.output_dir is None or not list((monitor.output_dir / "history").glob("*.arrow")):
         return {}
     names = [f"{side}_weight_norm" for side in ("query", "key", "value")]
     values = {name: History.open(monitor.output_dir).values(name) for name in names}

@@ -314,3 +314,4 @@ def test_what_waits_for_samples_that_lie_apart_is_told_so():
     for step in range(12):
         judge.judge_values(LAYOUT, np.ones(LAYOUT.size, np.float32), step=step)
     assert judge.armed()["key_norm"] == "0 of 4 heads; 4 need 24 samples at least 5 steps apart, the least has 3"
+    assert judge.armed()["key_weight_norm"] == "not judged: fewer than 8 heads of a kind, too few to compare with"

@@ -7,6 +7,7 @@ import torch
 
 from incoherence_monitor import History, IncoherenceMonitor, MonitorConfig
 
+from .models import WITHOUT_WINDOWS
 from .processes import run
 from .test_monitor import grow_one_head, queries_and_keys
 
@@ -41,7 +42,7 @@ def _results(monitor):
         "alerts": [repr(alert) for alert in monitor.alerts],
         "told": [(alert.step, alert.layer, alert.head) for alert in monitor.alerts],
         # Nothing is differentiated here, so that every shift residual is missing, and NaN is not equal to itself.
-        "latest": {name: values for name, values in monitor.latest.items() if name != "shift_residual"},
+        "latest": {name: values for name, values in monitor.latest.items() if name not in WITHOUT_WINDOWS},
         "failures": coverage.failures,
         "notices": coverage.notices,
         "samples": monitor.samples,

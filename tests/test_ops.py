@@ -14,7 +14,7 @@ from incoherence_monitor.errors import SettingError
 from incoherence_monitor.ops import gram, reference
 from incoherence_monitor.stats import DEFAULT_RECORDED, statistic
 
-OF_WINDOWS = [name for name in DEFAULT_RECORDED if not statistic(name).gradient]
+OF_WINDOWS = [name for name in DEFAULT_RECORDED if statistic(name).source == "windows"]
 KEY_STATISTICS = [name for name in OF_WINDOWS if statistic(name).kind == "key"]
 QUERY_STATISTICS = [name for name in OF_WINDOWS if statistic(name).kind == "query"]
 SMOOTH = [name for name in OF_WINDOWS if name not in ("energy_rank", "key_leverage")]

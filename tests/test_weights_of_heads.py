@@ -83,6 +83,18 @@ def test_weights_of_a_head_make_its_queries_and_keys(kind):
             torch.testing.assert_close(made.norm(dim=-1), vectors[0].norm(dim=-1), rtol=1e-4, atol=1e-6)
 
 
+def test_one_weight_of_nanogpt_is_queries_then_keys_then_values():
+    class CausalSelfAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c_attn = nn.Linear(32, 96)
+
+    module = CausalSelfAttention()
+    expected = module.c_attn.weight.detach().reshape(3, 4, 8, 32)
+    for found, part in zip(head_weights(module, 4, 4, 8), expected, strict=True):
+        assert torch.equal(found, part)
+
+
 def _biases(module, seen):
     """Biases of queries and keys, [heads, 1, d], as the weights are laid out; zero where there are none."""
     heads = seen.query.shape[1], seen.key.shape[1]

@@ -104,6 +104,8 @@ def text_of(judged: Judged, exhibit: Exhibit | None, picture: str) -> list[str]:
                  "all": "the whole model"}[spec.scope]  # fmt: skip
         lines += [f"**What was done**, from step {spec.start}, to {where}: {fault.doc}; here {spec.severity:g}. "
                   f"{model}, {spec.split} part, `{spec.name}`. {exhibit.remark}"]  # fmt: skip
+    if not run.layout.stream_of_weights.any():
+        lines[-1] += " Recorded before weights were, so judged by queries, keys and values alone."
     lines += ["", f"**What was told**: {_verdict(judged, exhibit)}", ""]
     lines += [f"![Drift of all heads, the statistic against its baseline, and the loss: {title}](gallery/{picture})"]
     for at, alert in _shown(judged):

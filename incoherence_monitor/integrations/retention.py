@@ -4,7 +4,7 @@ The Trainer deletes its oldest `checkpoint-*` folders (`save_total_limit`) and a
 file by file (hard links: no copy, no second space while the original lives) into a folder of our own, which rotation
 does not look into; only there is anything ever deleted.
 
-Layer 5: imports the monitor and reporting.
+Layer 5: imports modelwide, the monitor and reporting.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from ..modelwide import SPACING
 from ..monitor import IncoherenceMonitor
 from ..reporting import Reporter
 
@@ -153,7 +154,7 @@ class CheckpointKeeper:
             return
         fresh, self._fresh, self._onset = self._fresh, set(), onset
         if args.should_save:
-            unsuspected = state.global_step - monitor.every * monitor.config.baseline_samples
+            unsuspected = state.global_step - max(monitor.every, SPACING) * monitor.config.baseline_samples
             self._retention.update(self._present(args), fresh=fresh, onset=onset, unsuspected=unsuspected)
         if state.is_world_process_zero:
             # What is held will still be there when someone reads the alert.
