@@ -221,7 +221,7 @@ def test_from_runs_to_the_report(tmp_path, monkeypatch):
     from benchmarks.detection import pool, report
 
     specs = []
-    for split, seed in (("tune", 0), ("held-out", 2000)):
+    for split, seed in (("tune", 0), ("held-out", rounds.FIRST_SEED[rounds.LATEST])):
         parent = plan.RunSpec(
             f"healthy-learned-{seed}", "healthy", "learned", seed, 1e-3, split, steps=240, snapshots=(200,)
         )
