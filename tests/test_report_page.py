@@ -88,6 +88,8 @@ def large(tmp_path_factory):
     generator = np.random.default_rng(0)
     level, trend, noise = (scale * generator.standard_normal(layout.size) for scale in (0.5, 0.3, 0.4))
     noise = 0.035 * np.exp(noise)
+    # Weights hardly scatter.
+    noise[layout.stream_of_weights] /= 50
     broken = layout.slices["key_norm"].start + BROKEN[0] * HEADS + BROKEN[1]
     alert = Alert(14_200, 14_000, layers[5].name, 5, "key", BROKEN[1], "key_norm", 2.0, 1.0, 6.5, "warning", "told")
     writer = HistoryWriter(folder, {"every": 10, "run": str(folder), **MonitorConfig().to_dict()})

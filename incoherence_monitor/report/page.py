@@ -14,13 +14,13 @@ from xml.etree.ElementTree import Element
 from .. import __version__
 from ..errors import SettingError
 from . import tables
-from .encoding import FINE_NOISE_STEPS, FINEST, NOISE_STEPS
+from .encoding import COARSE_NOISE_STEPS, FINE_NOISE_STEPS, FINEST, NOISE_STEPS
 from .gathering import Run
 from .markup import html, script_json, tag
 from .shown import Shown, show
 from .verdict import headline
 
-MOST_VALUES = 26_000_000
+MOST_VALUES = 38_000_000
 """Values shown in one page: 32 x 32 heads, 2,000 samples and all statistics that are recorded by default."""
 LARGEST = 19_000_000
 """Bytes of packed values in one page; what they leave of 20 MB is for all else."""
@@ -49,6 +49,9 @@ def render(runs: list[Run]) -> str:
         size = sum(len(packed.text) for run in shown for packed in run.arrays.values())
         if size <= LARGEST or most <= FEWEST_SAMPLES:
             break
+        if steps > COARSE_NOISE_STEPS:
+            steps = COARSE_NOISE_STEPS
+            continue
         most = max(FEWEST_SAMPLES, int(most * min(0.95 * LARGEST / size, 0.9)))
     return "<!DOCTYPE html>\n" + html(_page(runs, shown))
 
