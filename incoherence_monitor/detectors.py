@@ -135,7 +135,7 @@ class DriftDetector:
                 self.alone[family] = len(family) < SMALL_COHORT
                 heavy.append(max(HEAVY_TAILED.get(name, 1.0), _alone_tail(len(family))))
         # Weights hardly scatter: what training does to all of them stands out against their own past alone.
-        self.judged_alone = self.judged & ~layout.stream_of_weights
+        self.judged_as_one = self.judged & ~layout.stream_of_weights
         quantile = _quantiles([len(members) for members in self._families])
         layers = _quantiles([len(np.unique(layout.stream_layer[members])) for members in self._families])
         self._prior, self._layer_prior = PRIOR_LEVEL * quantile, PRIOR_LEVEL * layers
@@ -143,7 +143,7 @@ class DriftDetector:
         rare = np.log(every * max(1, len(quantile)))
         self._tail = np.array(heavy) * (TAIL_START + TAIL_RATE * rare / quantile)
         self._layer_tail = np.array(heavy) * (LAYER_TAIL_START + LAYER_TAIL_RATE * rare / layers)
-        heads = [int(self.judged_alone[part].sum()) for part in layout.slices.values()]
+        heads = [int(self.judged_as_one[part].sum()) for part in layout.slices.values()]
         self._model_threshold = self.modelwide.threshold * np.array([_alone_tail(number) for number in heads])
 
     @property
@@ -205,7 +205,7 @@ class DriftDetector:
         if model_judged:
             line = self._forecast[1]
             model.judge(
-                log_values, self.judged_alone, self.baseline, line,
+                log_values, self.judged_as_one, self.baseline, line,
                 tick=tick, step=step, early=early, threshold=self._model_threshold,
             )  # fmt: skip
         model_deviation, model_evidence = model.newest.deviation, model.standing()
@@ -280,7 +280,7 @@ class DriftDetector:
         self.trust.reset(streams, Trust(self.layout.size))
         self.evidence.reset(streams, Evidence(self.layout.size))
         self.layerwise.relearn(streams)
-        self.modelwide.relearn(streams, self.judged_alone)
+        self.modelwide.relearn(streams, self.judged_as_one)
         self._forecast = None
 
     def grow(self, layout: Layout) -> None:

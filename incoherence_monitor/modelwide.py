@@ -20,7 +20,8 @@ from .records import BoolArray, FloatArray, IntArray, Layout
 from .vectors import Evidence, Trust, Vectors
 
 SPACING = 5
-"""Least training steps between two samples of which the model is judged: those of the runs that its threshold is of."""
+"""Least training steps between two samples of which the model is judged, and weights are read: those of the runs that
+their thresholds are of."""
 MODEL_TAIL_START, MODEL_TAIL_RATE = 1.2, 0.1
 """The threshold is start + rate * log(`false_alarm_every`), in plain deviations."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from .errors import SettingError
@@ -57,26 +58,19 @@ _SIDES: tuple[tuple[str, str, HeadKind], ...] = (
 
 def _of_weights(side: str, matrix: str, kind: HeadKind) -> tuple[Statistic, Statistic]:
     """The rows of one projection."""
+    row = partial(Statistic, kind=kind, spectral=False, alerts=True, source="weights")
     return (
-        Statistic(
+        row(
             f"{side}_weight_norm",
             f"norm of {matrix}",
-            kind,
-            "norm of a matrix",
-            spectral=False,
-            alerts=True,
-            source="weights",
+            unit="norm of a matrix",
             high=f"{matrix} is growing: learning rate, weight decay, or noise in its gradient",
             low=f"{matrix} is shrinking: it loses rank, or weight decay and dead gradients wear it down",
         ),
-        Statistic(
+        row(
             f"{side}_weight_peak",
             f"peak of {matrix}",
-            kind,
-            "ratio",
-            spectral=False,
-            alerts=True,
-            source="weights",
+            unit="ratio",
             high=f"one weight of {matrix} stands out: a flipped bit, a damaged checkpoint or an outlier channel",
             low=f"the largest weight of {matrix} falls behind the others: something is added to all of them",
         ),

@@ -1,9 +1,10 @@
 """When the weights of a layer's projections are looked at, and what they then say.
 
 Queries and keys carry the noise of a text; the weights that make them do not, so what a head's text hides they may
-show. They change slowly: a few training steps closer would cost as much and say nothing more.
+show. They change slowly: read of samples closer than `SPACING` training steps they would cost as much and say nothing
+more.
 
-Layer 3: imports capture.projections, ops and yielded.
+Layer 3: imports capture.projections, modelwide, ops and yielded.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 from .capture.projections import HeadWeights
+from .modelwide import SPACING
 from .ops import weight_statistics
 from .yielded import LayerWindows
-
-APART = 5
-"""Least training steps between two samples of which weights are read."""
 
 Ask = Callable[[], HeadWeights | str]
 """Gives the weights of a layer by head, or why they cannot be told; see `capture.projections.head_weights`."""
@@ -28,12 +27,12 @@ class Weighing:
 
     def __init__(self) -> None:
         """Begin with the first sample."""
-        self._last, self._now = -APART, False
+        self._last, self._now = -SPACING, False
 
     def open(self, step: int) -> None:
         """Begin the sample of a training step."""
         # Steps may begin anew, as where a run goes on from an earlier checkpoint.
-        self._now = not 0 <= step - self._last < APART
+        self._now = not 0 <= step - self._last < SPACING
         if self._now:
             self._last = step
 

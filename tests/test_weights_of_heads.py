@@ -14,7 +14,7 @@ from incoherence_monitor import IncoherenceMonitor
 from incoherence_monitor.capture.model import ModelCapture
 from incoherence_monitor.capture.projections import FUSED, head_weights, rows_of
 from incoherence_monitor.ops import weight_statistics
-from incoherence_monitor.weighing import APART
+from incoherence_monitor.weighing import SPACING
 
 transformers = pytest.importorskip("transformers")
 NAMES = [f"{side}_weight_{what}" for side in ("query", "key", "value") for what in ("norm", "peak")]
@@ -157,7 +157,7 @@ def test_weights_are_read_of_samples_some_steps_apart_alone():
         found = torch.isfinite(torch.from_numpy(monitor.history.values("key_weight_norm"))).all(dim=1)
         read = [int(step) for step, known in zip(monitor.history.steps, found, strict=True) if known]
     assert read == [0, 6, 12, 18]
-    assert all(later - earlier >= APART for earlier, later in itertools.pairwise(read))
+    assert all(later - earlier >= SPACING for earlier, later in itertools.pairwise(read))
 
 
 def test_a_resumed_run_reads_weights_at_the_same_steps():
