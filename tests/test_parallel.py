@@ -212,13 +212,15 @@ def test_accelerate_launch(tmp_path):
     done = subprocess.run(
         # --cpu would need MPI; the example asks for the CPU itself.
         [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
-         "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no", str(example),
-         str(tmp_path / "out")],
+         "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no", "--tee", "3",
+         "--log_dir", str(tmp_path / "logs"), str(example), str(tmp_path / "out")],
         capture_output=True, text=True, cwd=tmp_path, check=False, timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    # Two processes write to one terminal.
-    assert done.stdout.count("samples when the checkpoint was saved:") == done.stdout.count(" 11\n") == 2
-    assert "incoherence_monitor" not in done.stderr
+    # A file a process: on one terminal, the pieces of their lines fall between each other.
+    printed = [path.read_text() for path in sorted((tmp_path / "logs").rglob("stdout.log"))]
+    assert ["samples when the checkpoint was saved: 11\n" in each for each in printed] == [True, True], printed
+    errors = [path.read_text() for path in (tmp_path / "logs").rglob("stderr.log")]
+    assert len(errors) == 2 and not any("incoherence_monitor" in each for each in errors), errors
     assert len(list((tmp_path / "out" / "history").glob("*.arrow"))) == 1
