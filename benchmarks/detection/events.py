@@ -130,6 +130,21 @@ def _decay(training: Training) -> Injector:
     return _Change(change)
 
 
+def _second_moment(training: Training) -> Injector:
+    def change() -> None:
+        for group in training.optimizer.param_groups:
+            group["betas"] = (group["betas"][0], 0.95)
+
+    return _Change(change)
+
+
+def _hurry(training: Training) -> Injector:
+    def change() -> None:
+        training.schedule = lambda step: schedule(min(STEPS - 1, FORK_STEP + 2 * (step - FORK_STEP)))
+
+    return _Change(change)
+
+
 EVENTS: tuple[Event, ...] = (
     Event("new_data", "another text from here on", "first", _new_data),
     Event("rate_x0.3", "the learning rate steps to 0.3 of the schedule", "first", lambda training: _Rate(0.3)),
@@ -148,6 +163,9 @@ EVENTS: tuple[Event, ...] = (
     Event("rate_x1.5", "the learning rate steps to 1.5 times the schedule", "fourth", lambda training: _Rate(1.5)),
     Event("batch_6", "batch size 8 becomes 6", "fourth", _batch(6)),
     Event("visit", "another text for 50 steps, and back", "fourth", _Visit),
+    Event("batch_12", "batch size 8 becomes 12", "fifth", _batch(12)),
+    Event("beta2_0.95", "Adam's second moment forgets sooner: 0.99 becomes 0.95", "fifth", _second_moment),
+    Event("fewer_steps", "the learning rate falls to the end of its schedule at twice the speed", "fifth", _hurry),
 )  # fmt: skip
 
 BY_NAME: dict[str, Event] = {event.name: event for event in EVENTS}

@@ -12,7 +12,7 @@ layer. Faults of all heads, data, optimizer and kernel: anything counts, there i
 **Blind.** Declared beforehand where no recorded statistic can see the fault but through what the rest of the model
 learns from it; reported apart.
 
-**Tune and held out.** Each kind says for which round of the work it was declared (rounds.py). Those of the fourth
+**Tune and held out.** Each kind says for which round of the work it was declared (rounds.py). Those of the fifth
 round, at the end of the table, are never looked at before the report; all kinds run on the held-out seeds.
 """
 
@@ -23,7 +23,8 @@ from typing import Literal
 
 from . import injectors as do
 from . import makers as make
-from .injectors import Head, weights_of
+from . import updates
+from .injectors import Head
 from .makers import Make
 from .models import KINDS, ModelKind
 from .rounds import Round
@@ -114,13 +115,13 @@ FAULTS: tuple[FaultKind, ...] = (
     FaultKind("bit_flip", "one weight of W_K becomes so many times its rms, once", "key", ("one",), (64, 16), (16,),
               "second", make.bit_flip),
     FaultKind("key_rate", "the learning rate of the head's W_K is so many times too high", "key", ("one",), (30, 8),
-              (8,), "second", lambda training, heads, value: do.Amplify(weights_of(training, heads, "key"), value)),
+              (8,), "second", make.amplified("key")),
     FaultKind("key_gradient_noise", "noise of so many times its rms enters the gradient of W_K", "key", ("one",),
               (10, 3), (3,), "second",
-              lambda training, heads, value: do.GradientNoise(weights_of(training, heads, "key"), value)),
+              make.gradient("key", updates.noise)),
     FaultKind("stale_momentum", "Adam's first moment of the head's W_K stays at so many times its value at the onset",
               "key", ("one", "layer"), (3, 1), (1,), "second",
-              lambda training, heads, value: do.StaleMomentum(training, weights_of(training, heads, "key"), value)),
+              make.stale("key")),
     FaultKind("wrong_rotary", "rotary angles of the head's keys grow at this times the right rate, at once", "key",
               ("one", "layer"), (0.0, 0.9), (0.9,), "second", make.edit("key", do.wrong_positions), ROTARY),
     FaultKind("dead_head", "W_Q, W_K and W_V of the head are multiplied by this", "key", ("one",), (0.0, 0.97),
@@ -135,9 +136,9 @@ FAULTS: tuple[FaultKind, ...] = (
               "second", make.multiply("query", do.channel_matrix)),
     FaultKind("query_gradient_noise", "noise of so many times its rms enters the gradient of W_Q", "query", ("one",),
               (10, 3), (3,), "second",
-              lambda training, heads, value: do.GradientNoise(weights_of(training, heads, "query"), value)),
+              make.gradient("query", updates.noise)),
     FaultKind("group_rate", "the learning rate of one layer's W_Q is so many times too high", "query", ("layer",),
-              (30, 8), (8,), "first", make.query_group(do.Amplify)),
+              (30, 8), (8,), "first", make.amplified("query")),
     FaultKind("group_decay", "weight decay takes this share of one layer's W_Q", "query", ("layer",), (0.01, 0.003),
               (0.003,), "second", make.query_group(make.decay), SCALE_MATTERS),
     FaultKind("wv_scale", "W_V grows by this factor", "value", ("one", "layer", "all"), (1.01, 1.004), (1.004,),
@@ -155,7 +156,7 @@ FAULTS: tuple[FaultKind, ...] = (
               "data", ("all",), (30, 5), (5,), "second", make.embedding_spike,
               blind="the norm before attention takes the length of an embedding away"),
     FaultKind("rate_jump", "the learning rate becomes so many times larger, at once", "optimizer", ("all",), (30, 10),
-              (10,), "first", lambda training, heads, value: do.Rate(value)),
+              (10,), "first", lambda training, heads, value: updates.Rate(value)),
     FaultKind("repeated_data", "so many batches come again and again", "data", ("all",), (1, 8), (8,),
               "first", lambda training, heads, value: do.Repeat(int(value))),
     FaultKind("garbage_data", "this share of every batch is random bytes", "data", ("all",), (1.0, 0.25), (0.25,),
@@ -169,7 +170,7 @@ FAULTS: tuple[FaultKind, ...] = (
               ("learned", "gqa", "qknorm", "sliding"), steps=60),
     FaultKind("organic_rate_ramp", "the learning rate grows by this factor until the run diverges by itself",
               "optimizer", ("all",), (1.03, 1.02, 1.012), (1.012,), "first",
-              lambda training, heads, value: do.Rate(1.0, value), SCALE_MATTERS, start=EARLY_STEP, steps=300),
+              lambda training, heads, value: updates.Rate(1.0, value), SCALE_MATTERS, start=EARLY_STEP, steps=300),
     FaultKind("query_bias", "a constant vector is added to queries before rotation, growing by this share of the mean "
               "query norm", "query", ("one", "layer"), (0.02, 0.005), (0.005,),
               "third", make.edit("query", do.growing_bias)),
@@ -184,13 +185,13 @@ FAULTS: tuple[FaultKind, ...] = (
     FaultKind("turned_keys", "pairs of neighbouring channels of W_K are turned by this angle in radians, once", "key",
               ("one", "layer"), (1.57, 0.4), (0.4,), "third", make.turned),
     FaultKind("wk_noise", "noise of this share of its rms is added to W_K", "key", ("one", "layer"), (0.03, 0.01),
-              (0.01,), "third", make.noisy),
+              (0.01,), "third", make.noisy("key")),
     FaultKind("value_gradient_noise", "noise of so many times its rms enters the gradient of W_V", "value", ("one",),
               (10, 3), (3,), "fourth",
-              lambda training, heads, value: do.GradientNoise(weights_of(training, heads, "value"), value)),
+              make.gradient("value", updates.noise)),
     FaultKind("stale_query_momentum", "Adam's first moment of the head's W_Q stays at so many times its value at the "
               "onset", "query", ("one", "layer"), (3, 1), (1,), "fourth",
-              lambda training, heads, value: do.StaleMomentum(training, weights_of(training, heads, "query"), value)),
+              make.stale("query")),
     FaultKind("key_frozen", "the learning rate of the head's W_K falls to this share", "key", ("one", "layer"),
               (0.0, 0.3), (0.3,), "fourth", make.amplified("key")),
     FaultKind("value_bias", "a constant vector is added to values, growing by this share of the mean value norm",
@@ -199,6 +200,21 @@ FAULTS: tuple[FaultKind, ...] = (
               ("one", "layer"), (1, 2), (2,), "fourth", make.edit("query", do.few_bits)),
     FaultKind("weights_few_bits", "W_K is rounded to so many bits of mantissa after every update", "key",
               ("one", "layer"), (2, 5), (5,), "fourth", make.rounded),
+    FaultKind("interleaved_keys", "this share of W_K's rows, the first ones, takes the order of the other layout of "
+              "rotary channels, once: as where weights are converted wrongly", "key", ("one", "layer"), (1.0, 0.25),
+              (0.25,), "fifth", make.interleaved, ROTARY),
+    FaultKind("clipped_keys", "keys are clipped at so many times their rms, at once", "key", ("one", "layer"),
+              (1.0, 2.0), (2.0,), "fifth", make.edit("key", do.clipped)),
+    FaultKind("key_gradient_underflow", "entries of the gradient of W_K below this share of its largest are lost",
+              "key", ("one", "layer"), (0.3, 0.05), (0.05,), "fifth", make.gradient("key", updates.underflow)),
+    FaultKind("query_dropout", "this share of the entries of queries is dropped at random, the others grow", "query",
+              ("one", "layer"), (0.5, 0.1), (0.1,), "fifth", make.edit("query", do.dropped)),
+    FaultKind("wq_noise", "noise of this share of its rms is added to W_Q", "query", ("one", "layer"), (0.03, 0.01),
+              (0.01,), "fifth", make.noisy("query")),
+    FaultKind("value_frozen", "the learning rate of the head's W_V falls to this share", "value", ("one", "layer"),
+              (0.0, 0.3), (0.3,), "fifth", make.amplified("value")),
+    FaultKind("value_gradient_lost", "the gradient of W_V is zero in this share of the steps", "value",
+              ("one", "layer"), (0.9, 0.5), (0.5,), "fifth", make.gradient("value", updates.lost)),
 )  # fmt: skip
 
 BY_NAME: dict[str, FaultKind] = {fault.name: fault for fault in FAULTS}

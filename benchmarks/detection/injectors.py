@@ -182,6 +182,28 @@ def few_bits(bits: float) -> Callable[[Tensor, int, Head], Tensor]:
     return edit
 
 
+def clipped(times: float) -> Callable[[Tensor, int, Head], Tensor]:
+    """Clip at `times` the root mean square, as a format of too little range does."""
+
+    def edit(values: Tensor, age: int, head: Head) -> Tensor:
+        bound = float(times * values.detach().square().mean().sqrt())
+        # The output is written into in place, head by head; what backward needs must be another tensor.
+        return values.clone().clamp(-bound, bound)
+
+    return edit
+
+
+def dropped(share: float) -> Callable[[Tensor, int, Head], Tensor]:
+    """Drop `share` of the entries at random, as where dropout was left on."""
+    generator = torch.Generator().manual_seed(0)
+
+    def edit(values: Tensor, age: int, head: Head) -> Tensor:
+        kept = torch.rand(values.shape, generator=generator) >= share
+        return values * kept / (1 - share)
+
+    return edit
+
+
 class Both(Injector):
     """Two injectors at once."""
 
@@ -195,60 +217,6 @@ class Both(Injector):
     def after_update(self, step: int) -> None:
         for part in self._parts:
             part.after_update(step)
-
-
-class Amplify(Injector):
-    """Make the optimizer's change of some heads `factor` times as large: their own learning rate is wrong."""
-
-    def __init__(self, heads: list[HeadWeights], factor: float) -> None:
-        self._parts = [part for head in heads for part in head.trained]
-        self._factor = factor
-
-    def before_update(self) -> None:
-        self._before = [part.data.clone() for part in self._parts]
-
-    def after_update(self, step: int) -> None:
-        for part, before in zip(self._parts, self._before, strict=True):
-            part.data.add_((self._factor - 1) * (part.data - before))
-
-
-class GradientNoise(Injector):
-    """Add normal noise to the gradients of some heads, `share` times their own root mean square."""
-
-    def __init__(self, heads: list[HeadWeights], share: float) -> None:
-        self._parts = [part for head in heads for part in head.trained]
-        self._share = share
-        self._generator = torch.Generator().manual_seed(0)
-
-    def after_backward(self) -> None:
-        for part in self._parts:
-            assert part.parameter.grad is not None
-            gradient = part.of(part.parameter.grad)
-            noise = torch.randn(gradient.shape, generator=self._generator)
-            gradient.add_(self._share * gradient.square().mean().sqrt() * noise)
-
-
-class StaleMomentum(Injector):
-    """Keep the first moment of some heads at `factor` times what it was at the onset."""
-
-    def __init__(self, training: Training, heads: list[HeadWeights], factor: float) -> None:
-        state = training.optimizer.state
-        self._views = [part.of(state[part.parameter]["exp_avg"]) for head in heads for part in head.trained]
-        self._kept = [factor * view.clone() for view in self._views]
-
-    def after_update(self, step: int) -> None:
-        for view, kept in zip(self._views, self._kept, strict=True):
-            view.copy_(kept)
-
-
-class Rate(Injector):
-    """The learning rate times `factor`, growing by `growth` a step."""
-
-    def __init__(self, factor: float, growth: float = 1.0) -> None:
-        self.rate, self._growth = factor, growth
-
-    def after_update(self, step: int) -> None:
-        self.rate = min(self.rate * self._growth, 1e6)
 
 
 class Repeat(Injector):

@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from . import injectors as do
+from . import updates
 from .injectors import Head, weights_of
 from .kernel import BiasedBackward
 from .models import HEAD_DIM, HeadWeights, attentions
@@ -165,7 +167,17 @@ def leak(training: Training, heads: list[Head], tokens: float) -> Injector:
 
 def amplified(side: WeightSide) -> Make:
     """A learning rate of its own for one side of some heads."""
-    return lambda training, heads, value: do.Amplify(weights_of(training, heads, side), value)
+    return lambda training, heads, value: updates.Amplify(weights_of(training, heads, side), value)
+
+
+def stale(side: WeightSide) -> Make:
+    """Adam's first moment of one side of some heads stays as it is."""
+    return lambda training, heads, value: updates.StaleMomentum(training, weights_of(training, heads, side), value)
+
+
+def gradient(side: WeightSide, edit: Callable[[float], Callable[[Tensor, torch.Generator], Tensor]]) -> Make:
+    """Change the gradient of one side of some heads."""
+    return lambda training, heads, value: updates.EditGradient(weights_of(training, heads, side), edit(value))
 
 
 def turned(training: Training, heads: list[Head], angle: float) -> Injector:
@@ -180,17 +192,33 @@ def turned(training: Training, heads: list[Head], angle: float) -> Injector:
     return do.Once(turn)
 
 
-def noisy(training: Training, heads: list[Head], share: float) -> Injector:
+def interleaved(training: Training, heads: list[Head], share: float) -> Injector:
+    """Channels that were paired across the halves of a head lie side by side, in a head's first ones."""
+    rows = round(share * HEAD_DIM)
+    order = torch.cat([torch.arange(rows).reshape(2, -1).T.flatten(), torch.arange(rows, HEAD_DIM)])
+
+    def shuffle() -> None:
+        for head in weights_of(training, heads, "key"):
+            head.multiply(torch.eye(HEAD_DIM)[order])
+
+    return do.Once(shuffle)
+
+
+def noisy(side: WeightSide) -> Make:
     """Weights that do not stay as they are, as in memory that fails."""
-    parts, generator = weights_of(training, heads, "key"), torch.Generator().manual_seed(0)
 
-    def disturb() -> None:
-        for head in parts:
-            weight = head.weight.data
-            size = share * weight.square().mean().sqrt()
-            weight.add_(size * torch.randn(weight.shape, generator=generator))
+    def make(training: Training, heads: list[Head], share: float) -> Injector:
+        parts, generator = weights_of(training, heads, side), torch.Generator().manual_seed(0)
 
-    return do.EachUpdate(disturb)
+        def disturb() -> None:
+            for head in parts:
+                weight = head.weight.data
+                size = share * weight.square().mean().sqrt()
+                weight.add_(size * torch.randn(weight.shape, generator=generator))
+
+        return do.EachUpdate(disturb)
+
+    return make
 
 
 def rounded(training: Training, heads: list[Head], bits: float) -> Injector:
