@@ -23,7 +23,7 @@ from .worker import Worker
 T = TypeVar("T")
 
 WAITING_AT_MOST = 8 << 20
-"""Bytes of copies that may wait to be worked on."""
+"""Bytes of copies that may wait to be worked on; and, apart, of the model's own memory that may be held."""
 
 
 class Aside:
@@ -33,6 +33,7 @@ class Aside:
         """Start no thread yet."""
         self._worker = Worker("incoherence_monitor")
         self._waiting: deque[tuple[Future[object], int]] = deque()
+        self._borrowed: deque[tuple[Future[object], int]] = deque()
         self.waited = 0.0
 
     def portion(self, size: int) -> int:
@@ -41,6 +42,12 @@ class Aside:
         Half of what may wait, so that one half is worked on while the other is copied.
         """
         return 0 if size > WAITING_AT_MOST else max(1, WAITING_AT_MOST // (2 * size))
+
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes more of the model's own memory may be held without anyone's waiting for it."""
+        while self._borrowed and self._borrowed[0][0].done():
+            self._borrowed.popleft()
+        return sum(held for _, held in self._borrowed) + size <= WAITING_AT_MOST
 
     def make_room(self, size: int) -> None:
         """Wait until so many bytes more may wait; on the training thread, which is counted.
@@ -51,12 +58,13 @@ class Aside:
         while self._waiting and (self._waiting[0][0].done() or self._held() + size > WAITING_AT_MOST):
             self._wait(self._waiting.popleft()[0])
 
-    def submit(self, call: Callable[[], T], *, held: int = 0) -> Future[T]:
+    def submit(self, call: Callable[[], T], *, held: int = 0, borrowed: int = 0) -> Future[T]:
         """Let the worker make a call.
 
         Args:
             call: run without gradients.
-            held: bytes that the call keeps alive until it has been made.
+            held: bytes of copies that the call keeps alive until it has been made; for which room is made.
+            borrowed: bytes of the model's own memory that it keeps alive, for which `has_room` was asked.
 
         Returns:
             Its result, or the exception it raised.
@@ -65,6 +73,8 @@ class Aside:
         future = self._worker.submit(partial(_without_gradient, call))
         if held:
             self._waiting.append((future, held))  # type: ignore[arg-type]  # Read for whether it is done alone.
+        if borrowed:
+            self._borrowed.append((future, borrowed))  # type: ignore[arg-type]
         return future
 
     def result(self, future: Future[T]) -> T:
@@ -75,6 +85,7 @@ class Aside:
         """
         self._wait(future)
         self._waiting = deque(each for each in self._waiting if not each[0].done())
+        self._borrowed = deque(each for each in self._borrowed if not each[0].done())
         return future.result()
 
     def _held(self) -> int:

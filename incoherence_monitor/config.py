@@ -15,6 +15,8 @@ from .stats import DEFAULT_ALERTING, check_names, recorded
 
 WINDOW_LADDER = (256, 128, 64, 32)
 """Window lengths tried when sequences are too short for the default one."""
+MOST_WINDOWS = 4095
+"""Windows in a sample at most: two counts of them travel between processes as one number of single precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +26,8 @@ class MonitorConfig:
     Attributes:
         window: tokens in a window, at least 2. The default of 256 gives way to 128, 64 or 32, once and for the whole
             run, where most sequences of the first batch are shorter; any other value is used as it is.
-        windows_per_sample: windows in one sample over all micro-batches and ranks together, at least 1. Half lie at
-            the start of sequences, half at drawn offsets.
+        windows_per_sample: windows in one sample over all micro-batches and ranks together, from 1 to 4,095. Half lie
+            at the start of sequences, half at drawn offsets.
         statistics: names of the statistics that raise alerts. All are recorded whatever is named here, but for
             `logit_max` and `attention_entropy`, which take all pairs of a window's tokens: only if named.
         baseline_samples: samples a baseline holds, at least 28 (24 to be armed, and the 4 newest left out);
@@ -65,6 +67,8 @@ class MonitorConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise SettingError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+        if self.windows_per_sample > MOST_WINDOWS:
+            raise SettingError(f"windows_per_sample must be at most {MOST_WINDOWS}; got {self.windows_per_sample}.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise SettingError(f"seed must be a whole number of at least 0; got {self.seed!r}.")
         check_probe(self.probe)

@@ -40,19 +40,21 @@ SMALL_COHORT = 8
 samples that lie apart alone (modelwide.py): nothing else takes out of it how learning bends."""
 COHORT_SPREAD = 3.0
 """How much the present spread of a cohort counts for in the scale of its heads' deviations."""
-TAIL_START, TAIL_RATE = 0.1, 0.46
+TAIL_START, TAIL_RATE = 0.1, 0.48
 """The largest evidence of a family of n streams passes start + rate * log(N) / q(n) times its usual value once in N
 samples of a healthy run, q being the normal quantile: the maximum of many varies less, in proportion, than of few.
 Heads reorganise in healthy runs too, so the tail is that of an exponential, not of noise (docs/detection.md)."""
-HEAVY_TAILED = {
+TAILS = {
     "query_participation_rank": 2.2,
     **dict.fromkeys(("query_weight_norm", "key_weight_norm"), 1.3),
     "value_weight_norm": 1.6,
     **dict.fromkeys(("query_weight_peak", "key_weight_peak", "value_weight_peak"), 1.2),
+    **{f"{side}_update_{what}": 0.85 for side in ("query", "key", "value") for what in ("ratio", "turn")},
 }
-"""Statistics whose largest evidence passes its usual value by this much more. The queries of a head turn to another
-number of directions within a few samples, in healthy runs, far beyond what any other statistic does; weights hardly
-move but those of the few heads that learn something new."""
+"""Statistics whose largest evidence passes its usual value by this much more, or less. The queries of a head turn to
+another number of directions within a few samples, in healthy runs, far beyond what any other statistic does; weights
+hardly move but those of the few heads that learn something new. How weights move is the optimizer's, and much alike for
+all heads; for a layer's this has no factor, since what is told of one is critical."""
 LAYER_TAIL_START, LAYER_TAIL_RATE = 0.1, 0.38
 """As for heads, for the layers of a family."""
 ALONE_TAIL = 1.5
@@ -120,7 +122,7 @@ class DriftDetector:
         cohort = names[layout.stream_layer] if layout.layers else np.array([], dtype=object)
         self.alone = np.zeros(layout.size, dtype=bool)
         self._families: list[IntArray] = []
-        heavy = list[float]()
+        tails = list[float]()
         for name in alerting:
             part = layout.slices[name]
             inside = np.arange(part.start, part.stop)
@@ -132,8 +134,9 @@ class DriftDetector:
                 members = [each for each in members if len(each) >= SMALL_COHORT]
             self._families += members
             for family in members:
-                self.alone[family] = len(family) < SMALL_COHORT
-                heavy.append(max(HEAVY_TAILED.get(name, 1.0), _alone_tail(len(family))))
+                factor, few_heads = TAILS.get(name, 1.0), len(family) < SMALL_COHORT
+                self.alone[family] = few_heads
+                tails.append(max(factor, ALONE_TAIL) if few_heads else factor)
         # Weights hardly scatter: what training does to all of them stands out against their own past alone.
         self.judged_as_one = self.judged & ~layout.stream_of_weights
         quantile = _quantiles([len(members) for members in self._families])
@@ -141,8 +144,8 @@ class DriftDetector:
         self._prior, self._layer_prior = PRIOR_LEVEL * quantile, PRIOR_LEVEL * layers
         every = self.config.false_alarm_every
         rare = np.log(every * max(1, len(quantile)))
-        self._tail = np.array(heavy) * (TAIL_START + TAIL_RATE * rare / quantile)
-        self._layer_tail = np.array(heavy) * (LAYER_TAIL_START + LAYER_TAIL_RATE * rare / layers)
+        self._tail = np.array(tails) * (TAIL_START + TAIL_RATE * rare / quantile)
+        self._layer_tail = np.maximum(tails, 1.0) * (LAYER_TAIL_START + LAYER_TAIL_RATE * rare / layers)
         heads = [int(self.judged_as_one[part].sum()) for part in layout.slices.values()]
         self._model_threshold = self.modelwide.threshold * np.array([_alone_tail(number) for number in heads])
 

@@ -3,7 +3,7 @@
 Every rank enters every collective at the same step: sampling is a function of the step alone, and a rank that failed
 enters with count 0. So no rank can make another wait.
 
-Layer 3: imports agreement, sampling, sharding, sums and torch.distributed.
+Layer 3: imports agreement, config, sampling, sharding, sums and torch.distributed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from .agreement import Declared, Holding, join, onto, places, renamed_layers
 from .capture import AttentionInput
+from .config import MOST_WINDOWS
 from .errors import ModelError
 from .records import IntArray, Layout
 from .reporting import Reporter
@@ -238,14 +239,17 @@ def exchange(value: Any, numbers: Sequence[int]) -> tuple[list[Any], IntArray]:
     return values, np.column_stack([in_order, table[:, 3:]])
 
 
+_COUNTED = MOST_WINDOWS + 1
+"""Windows of a head in a sample, over all ranks, stay below: two such counts fit one number of single precision."""
 _FIRST_OF_KIND: dict[HeadKind, str] = {row.kind: row.name for row in reversed(STATISTICS)}
 
 
 def pack(sums: SampleSums, split: int | None, *, commands: int = 0) -> NDArray[np.float32]:
     """The message of one sample: what is added over ranks, in slots that are the same on every rank.
 
-    Single precision: counts stay exact up to 16 million, and a mean of logs to 1e-7, as fine as the statistics are.
-    Whether a window was finite belongs to a head, so it is sent once for all statistics of that head.
+    Single precision: whole numbers stay exact up to 16 million, and a mean of logs to 1e-7, as fine as the statistics
+    are. Counts are a sample's windows, eight by default, so two of them travel in one number. Whether a window was
+    finite belongs to a head, so it is sent once for all statistics of that head.
 
     Args:
         sums: this rank's sample over the layout of all ranks.
@@ -253,14 +257,15 @@ def pack(sums: SampleSums, split: int | None, *, commands: int = 0) -> NDArray[n
         commands: number of commands that this rank has for all.
 
     Returns:
-        [2 S + heads + 4 + splits].
+        [S + S / 2 + heads + 4 + splits], the half rounded up.
     """
     heads = [sums.non_finite[sums.layout.slices[name]] for name in _FIRST_OF_KIND.values()]
     found = np.zeros(len(SPLIT_SEQUENCES))
     if split is not None:
         found[split] = 1
     few = [sums.too_short, sums.loss, sums.losses, commands]
-    return np.concatenate([sums.total, sums.count, *heads, few, found]).astype(np.float32)
+    counts = np.append(sums.count, [0.0] * (len(sums.count) % 2)).reshape(-1, 2) @ [1.0, _COUNTED]
+    return np.concatenate([sums.total, counts, *heads, few, found]).astype(np.float32)
 
 
 def unpack(message: NDArray[np.float32], layout: Layout) -> tuple[SampleSums, list[int], int]:
@@ -274,7 +279,9 @@ def unpack(message: NDArray[np.float32], layout: Layout) -> tuple[SampleSums, li
         The sum; positions in `SPLIT_SEQUENCES` of what ranks have found; and the number of commands that follow.
     """
     slots = message.astype(np.float64)
-    total, count, slots = slots[: layout.size], slots[layout.size : 2 * layout.size], slots[2 * layout.size :]
+    size, pairs = layout.size, (layout.size + 1) // 2
+    total, paired, slots = slots[:size], slots[size : size + pairs], slots[size + pairs :]
+    count = np.column_stack([paired % _COUNTED, paired // _COUNTED]).reshape(-1)[:size]
     of_head = {}
     for kind, name in _FIRST_OF_KIND.items():
         heads = layout.slices[name].stop - layout.slices[name].start

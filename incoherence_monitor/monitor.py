@@ -166,6 +166,8 @@ class IncoherenceMonitor(Steering):
             self._observed.end()
             if self._capture is not None:
                 self._reporter.guard("disarming", self._capture.disarm)
+            if self._open_step is not None:
+                self._timed("ending a sample", self._pipeline.leave)
 
     def _open(self, step: int) -> None:
         self._open_step = self._last_step = step
@@ -217,9 +219,9 @@ class IncoherenceMonitor(Steering):
     def _seal(self) -> None:
         step, self._open_step = self._open_step, None
         assert step is not None
+        self._pipeline.submit(step)
         if self._capture is not None:
             tell_unseen(self._capture, step, self._reporter)
-        self._pipeline.submit(step)
 
     def _timed(self, doing: str, call: Callable[[], None]) -> None:
         self._pipeline.clock.measure(lambda: self._reporter.guard(doing, call))

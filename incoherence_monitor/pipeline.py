@@ -3,7 +3,7 @@
 A sample is taken up when the next one begins, or at flush, checkpoint or close, alike on every rank; never when a
 thread happens to be ready. So alerts depend on steps and data alone.
 
-Layer 4: imports agreement, commands, judge, dashboard, distributed, inbox, sampling, sums.
+Layer 4: imports agreement, clock, commands, judge, dashboard, distributed, inbox, sampling, sums.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
@@ -21,6 +20,7 @@ from . import distributed
 from .agreement import Holding
 from .capture import AttentionInput
 from .capture.gradients import Ask
+from .clock import Clock
 from .commands import Command, Selection, from_dict, to_dict
 from .dashboard import Dashboard
 from .errors import ModelError
@@ -31,36 +31,6 @@ from .reporting import Reporter
 from .sampling import WindowSampler
 from .sharding import TensorPart
 from .sums import RecordedLosses, SampleSums
-
-
-class Clock:
-    """Host time that the monitor has taken, for the sample at hand and since training began."""
-
-    def __init__(self) -> None:
-        """Start at zero; `begin` starts the run's own time."""
-        self.sample = 0.0
-        self._total = 0.0
-        self._began: float | None = None
-
-    def begin(self) -> None:
-        """Note the beginning of training, once."""
-        if self._began is None:
-            self._began = time.perf_counter()
-
-    def measure(self, call: Callable[[], None]) -> None:
-        """Add the time that a call takes, and what it measures itself within it once."""
-        start, before = time.perf_counter(), self.sample
-        try:
-            call()
-        finally:
-            self.sample = before + time.perf_counter() - start
-
-    def take(self) -> dict[str, float]:
-        """Close the sample's account: milliseconds of this sample, and the monitor's share of all time so far."""
-        spent, self.sample = self.sample, 0.0
-        self._total += spent
-        elapsed = 0.0 if self._began is None else time.perf_counter() - self._began
-        return {"sample_ms": 1000 * spent, "share": self._total / elapsed if elapsed > 0 else 0.0}
 
 
 class Pipeline:
@@ -98,6 +68,7 @@ class Pipeline:
         self._sampler, self._dashboard, self._reporter = sampler, dashboard, reporter
         sampler.on_error = lambda layer, error: reporter.failed("computing a sample", error, layer=layer)
         self._rank, self._world_size, self._on_alert = rank, world_size, on_alert
+        self._started: Future[SampleSums] | None = None
         self._pending: tuple[int, Future[SampleSums], Callable[[], list[float]]] | None = None
         self._shared = distributed.SharedLayout(sampler, reporter)
         self.losses = RecordedLosses()
@@ -177,17 +148,29 @@ class Pipeline:
         """Whether a sample waits to be judged."""
         return self._pending is not None
 
+    def leave(self) -> None:
+        """A context of the step has ended: let the worker go on if it was the last, while the optimizer steps."""
+        if self._sampler.left() and self._started is None:
+            self._started = self._start()
+
+    def _start(self) -> Future[SampleSums]:
+        try:
+            finish = self._sampler.seal()
+            return self._sampler.aside.submit(lambda: self._host_phase(finish))
+        except Exception as error:  # Pending all the same: a rank that failed still enters the collective.
+            future: Future[SampleSums] = Future()
+            future.set_exception(error)
+            return future
+
     def submit(self, step: int) -> None:
-        """Seal the sampler's open sample and start its host phase."""
-        # Losses as they are now, not as they will be when the sample is judged: those a device may still be computing.
+        """The step has ended: let its sample wait to be judged, with the losses recorded until now."""
+        future, self._started = self._started or self._start(), None
         losses: Callable[[], list[float]] = list
+        # As they are now, not as they will be when the sample is judged: those a device may still be computing.
         try:
             losses = self.losses.hand_over()
-            finish = self._sampler.seal()
-            future = self._sampler.aside.submit(lambda: self._host_phase(finish))
-        except Exception as error:  # Pending all the same: a rank that failed still enters the collective.
-            future = Future()
-            future.set_exception(error)
+        except Exception as error:  # The sample is judged without.
+            self._reporter.failed("reading the loss", error)
         self._pending = (step, future, losses)
         self._reporter.guard("keeping a head's window", lambda: self._draw_fields(step))
 

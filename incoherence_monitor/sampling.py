@@ -1,11 +1,10 @@
 """One sample: from attention inputs to what goes on on the host.
 
-Inside the layer's forward: choose windows, and take the statistics that need no eigenvalues and the small core that
-holds the others; queries and keys are not kept. On a device that is all until the sample is sealed with one copy to
-the host. On a CPU the worker takes the eigenvalues while training goes on, and where a core is spare the statistics
-too, from copies of the windows: the same operations on the same numbers, wherever they run.
+Inside the layer's forward windows are chosen, and what is computed on them begins (see `computing`). A sample is
+sealed with one copy to the host of what lies on devices; its host phase adds up what has come of each layer.
 
-Layer 3: imports aside, keeping, ops, records, shares, sums, transfer, weighing, windows, yielded, capture.base.
+Layer 3: imports aside, computing, keeping, ops, records, shares, sums, transfer, weighing, windows, yielded,
+capture.base.
 """
 
 from __future__ import annotations
@@ -20,27 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .aside import Aside, spare_core
+from .aside import Aside
 from .capture import AttentionInput
+from .computing import Computing
 from .config import MonitorConfig, check_count
 from .keeping import WindowKeeper
-from .ops import (
-    Piece,
-    check_shapes,
-    copied,
-    cut_windows,
-    piece_statistics,
-    smooth_statistics,
-    some_values,
-)
+from .ops import check_shapes, some_values
 from .records import LayerInfo, Layout
 from .shares import Shares
 from .stats import statistic
-from .sums import Part, SampleSums, part_of, summarise
+from .sums import SampleSums, summarise
 from .transfer import to_host
 from .weighing import Weighing
-from .windows import Place, Selection, WindowPlan, choose_window, extend_plan, lengths_of, select_windows
-from .yielded import LayerWindows, to_be_copied, unpacked
+from .windows import Place, WindowPlan, choose_window, extend_plan, lengths_of, select_windows
+from .yielded import LayerWindows, unpacked
 
 
 class WindowSampler:
@@ -69,6 +61,9 @@ class WindowSampler:
         self.layers: dict[str, LayerInfo] = {}
         self.skipped: Counter[str] = Counter()
         self._open: dict[str, LayerWindows] = {}
+        self._seen: dict[str, int] = {}
+        self._sealed = False
+        self._contexts = self._contexts_before = 0
         self._layout = Layout((), config.recorded)
         self.barren: dict[str, int] = {}
         self._fruitful: set[str] = set()
@@ -77,13 +72,28 @@ class WindowSampler:
         self.aside = Aside()
         self.on_error: Callable[[str, BaseException], None] = _pass_on
         self.keeper = WindowKeeper()
-        self._also = tuple(name for name in config.recorded if statistic(name).on_request)
+        also = tuple(name for name in config.recorded if statistic(name).on_request)
+        self._computing = Computing(self.aside, also=also)
 
     def open(self, step: int) -> None:
         """Begin a sample; of a probe, always by the same windows."""
         self.weighing.open(step)
         self._step = step if self.config.probe is None else 0
-        self._open = {}
+        self._open, self._seen, self._sealed = {}, {}, False
+        self._contexts, self._contexts_before = 0, self._contexts
+
+    def left(self) -> bool:
+        """Note that one of the step's contexts has ended.
+
+        Returns:
+            Whether it was the last, as far as can be told: as many as the sample before had, and every layer known,
+            if only from a state, has shown all micro-batches that its windows are taken from.
+        """
+        self._contexts += 1
+        known = self.fixed | self.layers.keys()
+        return self._contexts == self._contexts_before and all(
+            name in self.fixed and self._seen.get(name, 0) >= len(self.plans[name].parts) for name in known
+        )
 
     def receive(self, given: AttentionInput, info: Callable[[AttentionInput], LayerInfo]) -> None:
         """Take the windows of one attention call.
@@ -99,6 +109,9 @@ class WindowSampler:
             # Nothing is computed while a graph is captured, and what is done here would become part of it.
             self.skipped["calls while a CUDA graph was captured"] += 1
             return
+        if self._sealed and given.layer not in self.layers:
+            self.skipped["calls of layers first seen when their sample had ended"] += 1
+            return
         with torch.no_grad():
             check_shapes(given.query, given.key, given.valid, given.starts, value=given.value)
             layer = self._layer(given, info)
@@ -108,6 +121,7 @@ class WindowSampler:
             if given.layer not in self.fixed and given.micro >= len(plan.parts) and missing > 0:
                 plan = extend_plan(plan, batch=batch, length=length, share=share, micro_batches=self.micro_batches)
                 self.plans[given.layer] = plan
+            self._seen[given.layer] = given.micro + 1
             part = plan.part(given.micro)
             if sum(part) == 0:
                 return
@@ -136,32 +150,7 @@ class WindowSampler:
                 self.skipped[f"windows for which no sequence had {plan.window} tokens"] += sum(part)
                 return
             self.keeper.offer(layer, given, chosen, whole=self.whole.get(given.layer))
-            held.parts += self._measure(given, chosen)
-
-    def _measure(self, given: AttentionInput, chosen: Selection) -> list[Future[Part] | dict[str, Tensor]]:
-        settings: dict[str, Any] = {"scale": given.scale, "also": self._also, "causal": given.causal}
-        heads = (given.query, given.key, given.value)
-        if given.query.device.type != "cpu":
-            query, key, value = heads
-            found = smooth_statistics(query, key, value=value, windows=chosen.windows, **settings)
-            return [to_be_copied(chosen.keep, *found)]
-        pieces = cut_windows(*heads, windows=chosen.windows)
-        at_once = self.aside.portion(pieces[0].bytes) if spare_core() else 0
-        if not at_once:
-            smooth, core = piece_statistics(pieces, **settings)
-            return [self.aside.submit(lambda: part_of(chosen.keep, smooth, core), held=core.nbytes)]
-        keep = None if chosen.keep is None else torch.split(chosen.keep, at_once)
-        return [
-            self._beside(pieces[start : start + at_once], None if keep is None else keep[at], settings)
-            for at, start in enumerate(range(0, len(pieces), at_once))
-        ]
-
-    def _beside(self, pieces: list[Piece], keep: Tensor | None, settings: dict[str, Any]) -> Future[Part]:
-        """Let the worker take the statistics, from copies."""
-        size = sum(piece.bytes for piece in pieces)
-        self.aside.make_room(size)
-        copies = copied(pieces)
-        return self.aside.submit(lambda: part_of(keep, *piece_statistics(copies, **settings)), held=size)
+            held.parts += self._computing.parts_of(given, chosen)
 
     def _layer(self, given: AttentionInput, describe: Callable[[AttentionInput], LayerInfo]) -> LayerInfo:
         _, query_heads, _, dim = given.query.shape
@@ -194,7 +183,7 @@ class WindowSampler:
             The host phase, to be called on the worker, after all that it has been given before.
         """
         held = sorted(self._open.values(), key=lambda layer: layer.info.index)
-        self._open = {}
+        self._open, self._sealed = {}, True
         for name, plan in self.plans.items():
             planned = sum(map(sum, plan.parts))
             if planned and name not in self.fixed:
@@ -222,7 +211,7 @@ class WindowSampler:
                 for part in parts:
                     here = {name: next(tensors) for name in part} if isinstance(part, dict) else {}
                     try:
-                        found.append(part.result() if isinstance(part, Future) else unpacked(here))
+                        found += part.result() if isinstance(part, Future) else [unpacked(here)]
                     except Exception as error:  # Of this layer alone: the others are judged.
                         self.on_error(info.name, error)
                 there = [next(tensors) if isinstance(each, Tensor) else each() for each in residuals]
@@ -289,7 +278,7 @@ class WindowSampler:
         return {
             "plans": {name: [plan.window, [list(part) for part in plan.parts]] for name, plan in self.plans.items()},
             "fixed": sorted(self.fixed),
-            "weighing": self.weighing.state_dict(),
+            "weighing": self.weighing.state_dict(alone=not self.shares.several),
             "planned_for": self.shares.state_dict(self.plans),
             "layers": Layout(tuple((self.whole or self.layers).values())).to_list(),
         }
@@ -305,7 +294,7 @@ class WindowSampler:
             for name, (window, parts) in state["plans"].items()
         }
         self.fixed = set(state["fixed"])
-        self.weighing.load_state_dict(state["weighing"])
+        self.weighing.load_state_dict(state["weighing"], alone=not self.shares.several)
         self.shares.load_state_dict(state.get("planned_for", {}))
         layout = Layout.from_list(state["layers"])
         if self.shares.several:

@@ -13,7 +13,7 @@ from .config import MonitorConfig
 from .errors import StateError
 from .reporting import Reporter
 
-STATE_FORMAT = 5
+STATE_FORMAT = 6
 _BASELINES_DEPEND_ON = ("window", "windows_per_sample", "statistics", "baseline_samples", "include", "exclude", "probe")
 
 Fingerprint = dict[str, list[int | None]]

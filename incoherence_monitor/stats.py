@@ -56,7 +56,7 @@ _SIDES: tuple[tuple[str, str, HeadKind], ...] = (
 )
 
 
-def _of_weights(side: str, matrix: str, kind: HeadKind) -> tuple[Statistic, Statistic]:
+def _of_weights(side: str, matrix: str, kind: HeadKind) -> tuple[Statistic, ...]:
     """The rows of one projection."""
     row = partial(Statistic, kind=kind, spectral=False, alerts=True, source="weights")
     return (
@@ -73,6 +73,23 @@ def _of_weights(side: str, matrix: str, kind: HeadKind) -> tuple[Statistic, Stat
             unit="ratio",
             high=f"one weight of {matrix} stands out: a flipped bit, a damaged checkpoint or an outlier channel",
             low=f"the largest weight of {matrix} falls behind the others: something is added to all of them",
+        ),
+        row(
+            f"{side}_update_ratio",
+            f"update ratio of {matrix}",
+            unit="ratio",
+            high=f"{matrix} moves faster than other heads': its learning rate, Adam's second moment, or something "
+            "besides the optimizer writes to it",
+            low=f"{matrix} moves more slowly than other heads', or not at all: it has been frozen, its gradient is "
+            "lost or noise, or its updates are rounded away",
+        ),
+        row(
+            f"{side}_update_turn",
+            f"turn of {matrix}'s updates",
+            unit="radians",
+            high=f"successive updates of {matrix} no longer agree: noise in its gradient, or weights in few bits",
+            low=f"{matrix} is driven one way: momentum that no longer follows the gradient, or something besides the "
+            "optimizer writes to it",
         ),
     )
 

@@ -33,7 +33,7 @@ class LayerWindows:
     """
 
     info: LayerInfo
-    parts: list[Future[Part] | dict[str, Tensor]] = field(default_factory=list)
+    parts: list[Future[list[Part]] | dict[str, Tensor]] = field(default_factory=list)
     residuals: list[Tensor | Callable[[], Tensor]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
 

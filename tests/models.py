@@ -11,6 +11,8 @@ from incoherence_monitor.stats import DEFAULT_RECORDED, statistic
 
 WITHOUT_WINDOWS = [name for name in DEFAULT_RECORDED if statistic(name).source != "windows"]
 """Statistics of gradients and of weights."""
+OF_CHANGES = [name for name in DEFAULT_RECORDED if "_update_" in name]
+"""Those of weights that take a second look at them."""
 
 
 def tiny_model(

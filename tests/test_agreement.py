@@ -157,4 +157,14 @@ def test_messages_add_as_samples_do():
     assert splits == [1]
     assert commands == 2
     assert added.mean_loss == 2.0
-    assert pack(first, None).nbytes == 4 * (2 * layout.size + 6 + 4 + len(SPLIT_SEQUENCES))
+    assert pack(first, None).nbytes == 4 * (layout.size + -(-layout.size // 2) + 6 + 4 + len(SPLIT_SEQUENCES))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (4, 2), (8, 8)])
+@pytest.mark.parametrize("ranks", [1, 8, 455])
+def test_counts_stay_exact_however_many_ranks_add_theirs(heads, ranks):
+    """Up to the largest that fit, 4,095, and for odd numbers of streams."""
+    layout = Layout((layer(*heads),))
+    mine = replace(sums(layout, 0), count=np.arange(layout.size) % 10)
+    added, *_ = unpack(pack(mine, None)[None].repeat(ranks, axis=0).sum(axis=0, dtype=np.float32), layout)
+    assert (added.count == ranks * mine.count).all()

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from incoherence_monitor import IncoherenceMonitor, MonitorConfig, aside, sampling
+from incoherence_monitor import IncoherenceMonitor, MonitorConfig, aside, computing
 from incoherence_monitor.aside import Aside
 from incoherence_monitor.ops import shift_residual
 from incoherence_monitor.sums import RecordedLosses
 from incoherence_monitor.transfer import to_host, triangle
 
-from .models import batches, tiny_model, train
+from .models import OF_CHANGES, batches, tiny_model, train
 
 
 def test_calls_run_in_order_on_one_thread_without_gradient():
@@ -66,7 +66,7 @@ def test_one_that_holds_more_than_may_wait_is_let_in_alone(monkeypatch):
 
 def test_room_is_made_before_copies_are(monkeypatch, one_thread):
     """Windows go to the worker as many at a time as half of what may wait; a window larger than that stays here."""
-    monkeypatch.setattr(sampling, "spare_core", lambda: True)
+    monkeypatch.setattr(computing, "spare_core", lambda: True)
     window = (2 * 2 * 32 * 8 + 2 * 32) * 4  # Queries, keys, and the lengths of values.
     for limit, calls, beside in ((4 * window, 4, True), (window // 2, 1, False)):
         monkeypatch.setattr(aside, "WAITING_AT_MOST", limit)
@@ -94,15 +94,15 @@ def test_room_is_made_before_copies_are(monkeypatch, one_thread):
 
 
 def test_a_layer_that_fails_beside_training_is_named_and_the_others_are_judged(monkeypatch):
-    monkeypatch.setattr(sampling, "spare_core", lambda: True)
-    whole = sampling.piece_statistics
+    monkeypatch.setattr(computing, "spare_core", lambda: True)
+    whole = computing.piece_statistics
 
     def failing(pieces, **settings):
         if pieces[0].key.shape[1] == 3:
             raise RuntimeError("three heads")
         return whole(pieces, **settings)
 
-    monkeypatch.setattr(sampling, "piece_statistics", failing)
+    monkeypatch.setattr(computing, "piece_statistics", failing)
     with IncoherenceMonitor(every=1, config=MonitorConfig(window=32)) as monitor:
         with monitor.step(0):
             for heads in (2, 3):
@@ -180,7 +180,7 @@ def test_beside_training_or_in_it_the_numbers_are_the_same(one_thread, monkeypat
     pytest.importorskip("transformers")
 
     def run(beside):
-        monkeypatch.setattr(sampling, "spare_core", lambda: beside)
+        monkeypatch.setattr(computing, "spare_core", lambda: beside)
         model = tiny_model("llama", attention="sdpa")
         monitor = IncoherenceMonitor(model, every=1, config=MonitorConfig(window=32))
         train(model, batches(4, length=40), monitor=monitor)
@@ -191,12 +191,12 @@ def test_beside_training_or_in_it_the_numbers_are_the_same(one_thread, monkeypat
     inside, outside = run(False), run(True)
     assert inside.steps.tolist() == outside.steps.tolist() == [0, 1, 2, 3]
     for name in inside.statistics:
-        assert np.isfinite(inside.values(name)).any(), name
+        assert np.isfinite(inside.values(name)).any() == (name not in OF_CHANGES), name
         np.testing.assert_array_equal(inside.values(name), outside.values(name))
 
 
-def test_windows_are_those_of_the_forward_whatever_is_written_over_them_later(monkeypatch):
-    monkeypatch.setattr(sampling, "spare_core", lambda: True)
+def test_copied_windows_are_those_of_the_forward_whatever_is_written_over_them_later(monkeypatch):
+    monkeypatch.setattr(computing, "spare_core", lambda: True)
     query, key = torch.randn(2, 2, 40, 8), torch.randn(2, 2, 40, 8)
     found = []
     for spoil in (False, True):

@@ -14,6 +14,7 @@ from incoherence_monitor.baseline import Baseline
 from incoherence_monitor.detectors import DriftDetector, normal_threshold
 from incoherence_monitor.records import LayerInfo, Layout
 from incoherence_monitor.stats import DEFAULT_RECORDED, statistic
+from incoherence_monitor.sums import LEAST
 
 OF_BATCHES = tuple(name for name in DEFAULT_RECORDED if statistic(name).source != "weights")
 
@@ -356,7 +357,7 @@ def test_heads_with_a_cohort_are_judged_of_every_sample():
 def test_thresholds_are_higher_where_there_is_no_cohort():
     """By half, beside what their number of heads makes of them; those of twice the heads have a cohort."""
     rule = [DriftDetector(layout_of((LayerInfo("l", 0, n, n, 16, window=64),)), MonitorConfig()) for n in (7, 8)]
-    plain = [0.6 * (0.1 * q + 0.46 * np.log(5000 * 7)) for q in (normal_threshold(7), normal_threshold(8))]
+    plain = [0.6 * (0.1 * q + 0.48 * np.log(5000 * 7)) for q in (normal_threshold(7), normal_threshold(8))]
     np.testing.assert_allclose(rule[0].threshold[0] / rule[1].threshold[0], 1.5 * plain[0] / plain[1])
 
 
@@ -461,3 +462,25 @@ def test_weights_that_are_never_read_leave_the_rest_as_it_is():
     assert alarms(verdicts)[0][1] == WITH_WEIGHTS.slices["key_norm"].start
     assert not any(np.isfinite(verdict.evidence[OF_WEIGHTS]).any() for verdict in verdicts)
     assert verdicts[-1].armed_share == 1.0
+
+
+def test_a_head_that_no_longer_learns_is_told_and_those_that_never_did_are_left_out():
+    """Two thirds of a model are frozen; the learning rate of the rest falls, and one head stops."""
+    values, ratio = weights(100), WITH_WEIGHTS.slices["key_update_ratio"]
+    values[:, ratio] += np.log(1e-3) - 0.02 * np.arange(100)[:, None]
+    values[:, ratio.start : ratio.start + 3] = np.nan
+    quiet = alarms(run(values, layout=WITH_WEIGHTS)[1])
+    assert not quiet
+    values[60:, ratio.start + 5] = np.log(LEAST)
+    told = alarms(run(values, layout=WITH_WEIGHTS)[1])
+    assert told[0] == (61, ratio.start + 5)
+    assert {stream for _, stream in told} == {ratio.start + 5}
+
+
+def test_a_step_that_the_optimizer_skips_is_no_fault():
+    """As where a loss scale overflows: nothing moves, of no head, and then all does again."""
+    values, ratio = weights(100), WITH_WEIGHTS.slices["query_update_ratio"]
+    values[:, ratio] += np.log(1e-3)
+    for at in (40, 55, 56, 70, 71, 72):
+        values[at, ratio] = np.log(LEAST)
+    assert not alarms(run(values, layout=WITH_WEIGHTS)[1])

@@ -13,7 +13,7 @@ import incoherence_monitor
 
 PACKAGE = Path(incoherence_monitor.__file__).parent
 LAYERS = [
-    {"errors", "reporting", "coverage", "transfer", "cores", "worker"},
+    {"errors", "reporting", "coverage", "transfer", "cores", "worker", "clock"},
     {"ops"},
     {
         "stats",
@@ -31,7 +31,7 @@ LAYERS = [
         "alerts",
     }
     | {"commands", "causes", "episodes", "loss"},
-    {"aside", "windows", "shares", "capture", "sums", "keeping", "yielded", "weighing"}
+    {"aside", "windows", "shares", "capture", "sums", "keeping", "yielded", "weighing", "computing"}
     | {"sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "attempts", "history", "notebook", "judge", "figures", "field", "inbox"},
     {"metrics", "dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
@@ -57,7 +57,8 @@ SIDEWAYS = {
     "keeping": {"windows", "capture"},
     "yielded": {"sums"},
     "weighing": {"capture", "yielded"},
-    "sampling": {"aside", "windows", "shares", "sums", "capture", "keeping", "weighing", "yielded"},
+    "computing": {"aside", "capture", "sums", "windows", "yielded"},
+    "sampling": {"aside", "capture", "computing", "keeping", "shares", "sums", "weighing", "windows", "yielded"},
     "agreement": {"windows", "sums"},
     "distributed": {"windows", "agreement", "capture", "sampling", "sharding", "sums"},
     "judge": {"sums"},

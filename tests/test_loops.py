@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from incoherence_monitor import IncoherenceMonitor, MonitorConfig, head_statistics, sampling
+from incoherence_monitor import IncoherenceMonitor, MonitorConfig, computing, head_statistics
 
 pytest.importorskip("transformers")
 
@@ -38,7 +38,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("aside", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_sample_of_128k_tokens_takes_the_memory_of_its_windows(padded, aside, monkeypatch):
-    monkeypatch.setattr(sampling, "spare_core", lambda: aside)
+    monkeypatch.setattr(computing, "spare_core", lambda: aside)
     query, key = torch.randn(1, 2, LONG, 8), torch.randn(1, 1, LONG, 8)
     valid = torch.ones(1, LONG, dtype=torch.bool) if padded else None
     if padded:

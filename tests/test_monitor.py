@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from incoherence_monitor import History, IncoherenceMonitor, MonitorConfig, head_statistics, sampling
+from incoherence_monitor import History, IncoherenceMonitor, MonitorConfig, computing, head_statistics
 from incoherence_monitor.errors import HistoryError, SettingError, StateError
 from incoherence_monitor.trackers import InMemoryTracker
 
@@ -301,7 +301,7 @@ def test_a_state_of_before_a_statistic_came_starts_the_baseline_anew_and_says_so
 
 @pytest.mark.parametrize("state", [{}, {"format": 99}, None, [1]])
 def test_what_is_no_state_is_refused(state):
-    with pytest.raises(StateError, match="no monitor state of format 5"):
+    with pytest.raises(StateError, match="no monitor state of format 6"):
         IncoherenceMonitor(every=1).load_state_dict(state)
 
 
@@ -333,6 +333,7 @@ def test_every_must_be_a_positive_number_of_steps(every):
         ("window", 1),
         ("window", 256.0),
         ("windows_per_sample", 0),
+        ("windows_per_sample", 4096),
         ("baseline_samples", 5),
         ("false_alarm_every", 0),
         ("false_alarm_every", math.nan),
@@ -492,10 +493,10 @@ def test_close_may_be_called_twice_and_ends_the_worker():
 def test_queries_and_keys_are_let_go_at_once(beside, monkeypatch):
     """What is held after a layer's forward is smaller than its windows: statistics and d x d cores alone.
 
-    Where the worker takes the statistics it holds copies until it has, which are bounded (test_aside.py); the model's
-    own tensors are let go at once there too.
+    Where the worker takes the statistics it holds copies until it has, which are bounded (test_aside.py); what no
+    graph holds, as here, is let go at once there too.
     """
-    monkeypatch.setattr(sampling, "spare_core", lambda: beside)
+    monkeypatch.setattr(computing, "spare_core", lambda: beside)
     monitor = IncoherenceMonitor(every=1, config=MonitorConfig(window=256))
     query, key = queries_and_keys(length=256, dim=8)
     own = [weakref.ref(each) for each in (query, key)]

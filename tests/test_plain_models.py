@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 
 import numpy as np
@@ -82,6 +83,30 @@ def test_training_is_bit_identical_and_nothing_stays(style):
     assert not any("_incoherence" in name for module in watched.modules() for name in vars(module))
     assert torch.nn.functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
     assert styles.sdpa_under_another_name is torch._C._nn.scaled_dot_product_attention
+    assert not functions._replaced
+
+
+def test_a_monitor_collected_while_another_model_is_compiled_leaves_torch_as_it_is_until_after():
+    torch._dynamo.reset()
+    dropped = [IncoherenceMonitor(torch.compile(make("NanoGPT"), backend="eager"), every=1, config=CONFIG)]
+    sdpa = torch._C._nn.scaled_dot_product_attention
+    assert torch.nn.functional.scaled_dot_product_attention is not sdpa
+
+    def collecting(graph, inputs):
+        dropped.clear()
+        gc.collect()
+        return graph
+
+    query = torch.randn(1, 2, 4, 8)
+    twice = torch.compile(
+        lambda x: 2 * torch.nn.functional.scaled_dot_product_attention(x, x, x), backend=collecting, fullgraph=True
+    )
+    torch.testing.assert_close(twice(query), 2 * sdpa(query, query, query))
+    assert not dropped
+    assert not functions._users
+    # The next call of nobody's puts torch's own back.
+    assert torch.equal(torch.nn.functional.scaled_dot_product_attention(query, query, query), sdpa(query, query, query))
+    assert torch.nn.functional.scaled_dot_product_attention is sdpa
     assert not functions._replaced
 
 

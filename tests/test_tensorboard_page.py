@@ -117,8 +117,8 @@ def test_the_page_lays_out_what_matters_first(page, dark):
     titles = driver.execute_script(CHART_TITLES)
     assert titles[0][1].startswith("worst head")
     bands = [title for tag, title in titles if "MARGIN" in tag]
-    assert len(bands) == 18
-    assert (bands[0], bands[-1]) == ("key incoherence (ratio)", "peak of W_V (ratio)")
+    assert len(bands) == 24
+    assert (bands[0], bands[-1]) == ("key incoherence (ratio)", "turn of W_V's updates (radians)")
 
 
 @pytest.mark.parametrize("dark", ["false", "true"])

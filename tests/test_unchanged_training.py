@@ -10,7 +10,7 @@ from incoherence_monitor import IncoherenceMonitor, MonitorConfig
 
 pytest.importorskip("transformers")
 
-from .models import batches, tiny_model, train, weights
+from .models import OF_CHANGES, batches, tiny_model, train, weights
 
 CONFIG = MonitorConfig(window=32)
 
@@ -80,7 +80,7 @@ def test_compiled_and_eager_measure_the_same(one_thread):
         assert all(np.isnan(value) for value in seen[1].pop(name).values()), "out of reach in compiled code"
     for name in seen[1]:
         values = seen[0][name]
-        assert seen[1][name] == pytest.approx(values, rel=1e-4), name
+        assert seen[1][name] == pytest.approx(values, rel=1e-4, nan_ok=name in OF_CHANGES), name
 
 
 def test_random_state_of_the_run_is_untouched():

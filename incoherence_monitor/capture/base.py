@@ -35,6 +35,8 @@ class AttentionInput:
         bent: why its softmax would change if a constant were added to a row of logits; empty if it would not.
         gradient: asks for the gradient of the keys, as long as the step lasts; None where there is no asking.
         weights: reads the projections' weights, as `projections.head_weights`; None where no module is known.
+        lasting: whether operations in autograd's graph made query, key and value, so that nobody writes over them
+            before the backward has read what the attention product did.
     """
 
     layer: str
@@ -50,6 +52,7 @@ class AttentionInput:
     bent: str = ""
     gradient: Ask | None = None
     weights: Callable[[], HeadWeights | str] | None = None
+    lasting: bool = False
 
 
 Receiver = Callable[[AttentionInput], None]

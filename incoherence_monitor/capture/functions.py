@@ -162,6 +162,9 @@ def _watched(function: Any, take: Take, names: tuple[str, ...]) -> Any:
             if SWITCH.armed and running() is not None:
                 offer(args, kwargs)
             return function(*args, **kwargs)
+        if not _users:
+            _restore()
+            return function(*args, **kwargs)
         module = running() if SWITCH.armed else None
         if module is not None:
             try:
@@ -218,14 +221,26 @@ def install(user: int, namespaces: Iterable[Any]) -> None:
 
 def remove(user: int) -> None:
     """Put the original functions back, once no capture needs the others."""
-    _users.discard(user)
+    leave(user)
     if not _users:
-        while _replaced:
-            home, name, value = _replaced.pop()
-            now = (home if isinstance(home, dict) else vars(home)).get(name)
-            was, now = (getattr(each, "__func__", each) for each in (value, now))
-            if getattr(now, "_incoherence_original", None) is was:
-                _put(home, name, value)
+        _restore()
+
+
+def leave(user: int) -> None:
+    """Need the functions no longer. The next of them that is called, of no capture's, puts all back.
+
+    What a garbage collection may call: it can fall into another model's compilation, whose code must not change then.
+    """
+    _users.discard(user)
+
+
+def _restore() -> None:
+    while _replaced:
+        home, name, value = _replaced.pop()
+        now = (home if isinstance(home, dict) else vars(home)).get(name)
+        was, now = (getattr(each, "__func__", each) for each in (value, now))
+        if getattr(now, "_incoherence_original", None) is was:
+            _put(home, name, value)
 
 
 def _put(home: Any, name: str, value: Any) -> None:

@@ -79,7 +79,7 @@ class ModelCapture(TapOwner):
             routed.install()
         if namespaces:
             functions.install(id(self), namespaces.values())
-            weakref.finalize(self, functions.remove, id(self))
+            weakref.finalize(self, functions.leave, id(self))
 
     def _hook(self, found: Found) -> None:
         """Put hooks on a module, once for all captures that watch it."""

@@ -61,6 +61,8 @@ class Call:
         Besides what `AttentionInput` has, `cast` is what `gradients.autocast_to` told, and `source` the keys with
         their graph; None in compiled code, where their gradient is out of reach.
         """
+        # In compiled code they come without their graph, and what it does with their memory is its own affair.
+        self.lasting = all(_made_in_graph(each) for each in (query, key, value) if each is not None)
         self.query, self.key, self.scale = query.detach(), key.detach(), scale
         belongs = value is not None and value.dim() == 4 and value.shape[:3] == key.shape[:3]
         self.value = value.detach() if belongs and value is not None else None
@@ -80,7 +82,14 @@ class Call:
             layer, self.query, key, self.scale, self.valid, micro, starts=self.starts, value=value,
             causal=self.causal, precision=precision_of(module, self.key, self.cast),
             bent=self.bent or not_invariant(module, {}), gradient=gradient, weights=weights,
+            lasting=self.lasting,
         )  # fmt: skip
+
+
+def _made_in_graph(tensor: Tensor) -> bool:
+    """Whether an operation in autograd's graph made a tensor: neither a parameter nor a view of one."""
+    base = tensor._base
+    return tensor.requires_grad and not tensor.is_leaf and (base is None or not base.is_leaf)
 
 
 def _weights(module: nn.Module, query: Tensor, key: Tensor) -> HeadWeights | str:

@@ -8,11 +8,13 @@ from .reference import energy_field
 from .shapes import Windows, check_shapes
 from .shift import gradient_sums, shift_residual, shift_vector, some_values, too_alike
 from .spectra import spectral_statistics
+from .updates import change_statistics, sampled_entries, smallest_ratio
 from .weights import interaction_rank, weight_statistics
 
 __all__ = [
     "Piece",
     "Windows",
+    "change_statistics",
     "check_shapes",
     "copied",
     "cut_windows",
@@ -21,8 +23,10 @@ __all__ = [
     "head_statistics",
     "interaction_rank",
     "piece_statistics",
+    "sampled_entries",
     "shift_residual",
     "shift_vector",
+    "smallest_ratio",
     "smooth_statistics",
     "some_values",
     "spectral_statistics",

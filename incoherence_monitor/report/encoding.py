@@ -21,11 +21,11 @@ from ..records import IntArray
 UNDEFINED, ZERO = 255, 254
 """Codes of NaN and of 0, which has no logarithm."""
 LARGEST_CODE = 253
-COARSE_NOISE_STEPS, NOISE_STEPS, FINE_NOISE_STEPS = 1.25, 2.0, 8.0
+COARSE_NOISE_STEPS, NOISE_STEPS, FINE_NOISE_STEPS = 1.0, 2.0, 8.0
 """Steps of a code in one standard deviation of a head's noise from sample to sample: where samples would have to
 be left out, where room is scarce, and everywhere else."""
-FINEST = 0.002
-"""Least step of a code, in log units: 0.2% of a value."""
+FINEST, COARSE_FINEST = 0.002, 0.004
+"""Least step of a code, in log units: 0.2% of a value; twice that where samples would have to be left out."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from ..records import Alert, IntArray, Layout, rearrange
 from ..replay import judge_again, recorded_config
 from .encoding import thin
 
-BAND_VALUES = 1_800_000
-"""Values of bands in one page, so that they take some 3 MB of it; between them the page draws straight lines."""
+BAND_VALUES = 1_000_000
+"""Values of bands in one page, so that they take some 2 MB of it; between them the page draws straight lines."""
 FEWEST_BANDS = 8
 Span = tuple[HeadPlace, int, int]
 """A head, and the first and last position in `steps` at which it stood under alert."""

@@ -20,7 +20,7 @@ from .markup import html, script_json, tag
 from .shown import Shown, show
 from .verdict import headline
 
-MOST_VALUES = 38_000_000
+MOST_VALUES = 50_000_000
 """Values shown in one page: 32 x 32 heads, 2,000 samples and all statistics that are recorded by default."""
 LARGEST = 19_000_000
 """Bytes of packed values in one page; what they leave of 20 MB is for all else."""

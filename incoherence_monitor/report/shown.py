@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..records import IntArray
 from ..stats import Statistic
 from . import tables
-from .encoding import Packed, pack, thin
+from .encoding import COARSE_FINEST, COARSE_NOISE_STEPS, FINEST, Packed, pack, thin
 from .gathering import Run
 
 _COARSE = 0.02
@@ -59,10 +59,11 @@ def show(number: int, run: Run, most: int, *, noise_steps: float) -> Shown:
     rows = thin(len(history), most, keep)
     bands = None if run.bands is None else run.bands.thinned(most)
     arrays: dict[str, Packed] = {}
+    finest = FINEST if noise_steps > COARSE_NOISE_STEPS else COARSE_FINEST
     statistics = []
     for at, row in enumerate(layout.rows):
         part, values = layout.slices[row.name], history.values(row.name)[rows]
-        arrays[f"v-{number}-{at}"] = pack(values, noise_steps=noise_steps)
+        arrays[f"v-{number}-{at}"] = pack(values, noise_steps=noise_steps, finest=finest)
         judged = bands is not None and bool(np.isfinite(bands.evidence[:, part]).any())
         if judged:
             assert bands is not None
