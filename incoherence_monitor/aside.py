@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar
@@ -33,7 +33,7 @@ class Aside:
         """Start no thread yet."""
         self._worker = Worker("incoherence_monitor")
         self._waiting: deque[tuple[Future[object], int]] = deque()
-        self._borrowed: deque[tuple[Future[object], int]] = deque()
+        self._borrowed: deque[tuple[Future[object], Mapping[int, int]]] = deque()
         self.waited = 0.0
 
     def portion(self, size: int) -> int:
@@ -43,11 +43,18 @@ class Aside:
         """
         return 0 if size > WAITING_AT_MOST else max(1, WAITING_AT_MOST // (2 * size))
 
-    def has_room(self, size: int) -> bool:
-        """Whether so many bytes more of the model's own memory may be held without anyone's waiting for it."""
+    def has_room(self, memory: Mapping[int, int]) -> bool:
+        """Whether more of the model's own memory may be held without anyone's waiting for it.
+
+        Args:
+            memory: bytes by address; what is held already counts once.
+        """
         while self._borrowed and self._borrowed[0][0].done():
             self._borrowed.popleft()
-        return sum(held for _, held in self._borrowed) + size <= WAITING_AT_MOST
+        held: dict[int, int] = dict(memory)
+        for _, each in self._borrowed:
+            held.update(each)
+        return sum(held.values()) <= WAITING_AT_MOST
 
     def make_room(self, size: int) -> None:
         """Wait until so many bytes more may wait; on the training thread, which is counted.
@@ -58,13 +65,13 @@ class Aside:
         while self._waiting and (self._waiting[0][0].done() or self._held() + size > WAITING_AT_MOST):
             self._wait(self._waiting.popleft()[0])
 
-    def submit(self, call: Callable[[], T], *, held: int = 0, borrowed: int = 0) -> Future[T]:
+    def submit(self, call: Callable[[], T], *, held: int = 0, borrowed: Mapping[int, int] | None = None) -> Future[T]:
         """Let the worker make a call.
 
         Args:
             call: run without gradients.
             held: bytes of copies that the call keeps alive until it has been made; for which room is made.
-            borrowed: bytes of the model's own memory that it keeps alive, for which `has_room` was asked.
+            borrowed: bytes by address of the model's own memory that it keeps alive, for which `has_room` was asked.
 
         Returns:
             Its result, or the exception it raised.

@@ -4,7 +4,7 @@ On a device the statistics that need no eigenvalues are taken at once, with the 
 CPU the worker takes the eigenvalues while training goes on, and where a core is spare all of it: the same operations on
 the same numbers, wherever they run. It reads queries, keys and values where the model has them if operations in
 autograd's graph made all three: nobody writes over those, since the backward needs them. Else it is given copies of the
-windows, as of parameters, which the optimizer writes over.
+windows, as of parameters, which the optimizer writes over. So with the gradient of keys, which it sums up.
 
 Layer 3: imports aside, ops, sums, windows, yielded, capture.base.
 """
@@ -13,18 +13,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .aside import Aside, spare_core
 from .capture import AttentionInput
-from .ops import Piece, copied, cut_windows, piece_statistics, smooth_statistics
+from .ops import (
+    GradientSums,
+    Piece,
+    copied,
+    cut_windows,
+    gradient_sums,
+    piece_statistics,
+    smooth_statistics,
+    some_values,
+    too_alike,
+)
 from .sums import Part, part_of
 from .windows import Selection
-from .yielded import to_be_copied
+from .yielded import Residuals, to_be_copied
 
+T = TypeVar("T")
 Heads = tuple[Tensor, Tensor, Tensor | None]
 """Query, key and value of a call."""
 
@@ -58,11 +70,11 @@ class Computing:
             found = smooth_statistics(*heads[:2], value=heads[2], windows=chosen.windows, **settings)
             return [to_be_copied(chosen.keep, *found)]
         beside = spare_core()
-        if beside and given.lasting and given.layer not in self._written_over:
-            held = _memory_behind(heads)
-            if self._aside.has_room(held):
-                take = self._where_they_lie(given.layer, heads, chosen, settings)
-                return [self._aside.submit(take, borrowed=held)]
+        if beside and given.lasting:
+            take = partial(self._parts_where_they_lie, heads, chosen, settings)
+            begun = self._begin_in_place(given.layer, heads, take)
+            if begun is not None:
+                return [begun]
         pieces = cut_windows(*heads, windows=chosen.windows)
         if not beside or not self._aside.portion(pieces[0].bytes):
             smooth, core = piece_statistics(pieces, **settings)
@@ -88,33 +100,81 @@ class Computing:
         copies = copied(pieces)
         return self._aside.submit(lambda: [part_of(keep, *piece_statistics(copies, **settings))], held=size)
 
-    def _where_they_lie(
-        self, layer: str, heads: Heads, chosen: Selection, settings: dict[str, Any]
-    ) -> Callable[[], list[Part]]:
-        """What takes the statistics from the model's own memory, on the worker."""
-        before = _stamps(heads)
+    def _parts_where_they_lie(self, heads: Heads, chosen: Selection, settings: dict[str, Any]) -> list[Part]:
+        portions = self._portions(cut_windows(*heads, windows=chosen.windows), chosen.keep)
+        return [part_of(keep, *piece_statistics(pieces, **settings)) for pieces, keep in portions]
 
-        def take() -> list[Part]:
-            if _stamps(heads) == before:
-                portions = self._portions(cut_windows(*heads, windows=chosen.windows), chosen.keep)
-                parts = [part_of(keep, *piece_statistics(pieces, **settings)) for pieces, keep in portions]
-                if _stamps(heads) == before:
-                    return parts
+    def residuals_of(self, given: AttentionInput, sequences: int) -> Callable[[Tensor], Residuals]:
+        """Prepare for the gradient of a call's keys.
+
+        Args:
+            given: the call; none of its tensors is held beyond its forward.
+            sequences: of how many the residuals are taken, at most.
+
+        Returns:
+            What makes shift residuals of the gradient [B, Hk, L, d].
+        """
+        alike = self._alikeness(given, sequences)
+        return partial(self._residuals, given.layer, given.lasting, sequences, alike)
+
+    def _alikeness(self, given: AttentionInput, sequences: int) -> Callable[[], Tensor | None]:
+        """Which of a call's key heads have values that are too alike for a residual, [Hk]; None if nobody knows."""
+        if given.value is None:
+            return lambda: None
+        some, precision = some_values(given.value, sequences), given.precision
+        if given.value.device.type != "cpu":
+            found = too_alike(some, precision)
+            return lambda: found
+        if given.lasting and spare_core():
+            begun = self._begin_in_place(given.layer, [given.value], lambda: too_alike(some.clone(), precision))
+            if begun is not None:
+                return begun.result
+        # Sums depend in their last digit on how memory is laid out, so it is a copy wherever it is read.
+        return partial(too_alike, some.clone(), precision)
+
+    def _residuals(
+        self, layer: str, lasting: bool, sequences: int, alike: Callable[[], Tensor | None], grad: Tensor
+    ) -> Residuals:
+        sums: Callable[[], GradientSums] | None = None
+        if lasting and grad.device.type == "cpu" and spare_core():
+            begun = self._begin_in_place(layer, [grad], partial(gradient_sums, grad[:sequences]))
+            sums = None if begun is None else begun.result
+        if sums is None:
+            taken = gradient_sums(grad[:sequences])
+            sums = lambda: taken  # noqa: E731
+
+        def residuals() -> Tensor:
+            return sums().residual(alike()).float()
+
+        return residuals if grad.device.type == "cpu" else residuals()
+
+    def _begin_in_place(self, layer: str, tensors: Sequence[Tensor | None], call: Callable[[], T]) -> Future[T] | None:
+        """Let the worker make a call that reads tensors in the model's own memory; None if it may not."""
+        memory = _memory_behind(tensors)
+        if layer in self._written_over or not self._aside.has_room(memory):
+            return None
+        before = _stamps(tensors)
+
+        def take() -> T:
+            if _stamps(tensors) == before:
+                found = call()
+                if _stamps(tensors) == before:
+                    return found
             self._written_over.add(layer)
             raise RuntimeError(
-                "queries, keys or values were written over in place before they had been read; this sample lacks the "
-                "layer, and from the next on its windows are copied first"
+                "queries, keys, values or the gradient of keys were written over in place before they had been read; "
+                "this sample lacks what was to be read, and from the next on it is read while training waits"
             )
 
-        return take
+        return self._aside.submit(take, borrowed=memory)
 
 
-def _stamps(heads: Heads) -> list[tuple[int, int]]:
+def _stamps(tensors: Sequence[Tensor | None]) -> list[tuple[int, int]]:
     """What changes with every operation in place, and when memory is given back."""
-    return [(each._version, each.untyped_storage().nbytes()) for each in heads if each is not None]
+    return [(each._version, each.untyped_storage().nbytes()) for each in tensors if each is not None]
 
 
-def _memory_behind(heads: Heads) -> int:
-    """Bytes that stay taken as long as one holds them: of whole batches, and of what they are views of."""
-    storages = [each.untyped_storage() for each in heads if each is not None]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+def _memory_behind(tensors: Sequence[Tensor | None]) -> dict[int, int]:
+    """Bytes, by address, that stay taken as long as one holds them: of whole batches, and of what they are views of."""
+    storages = [each.untyped_storage() for each in tensors if each is not None]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}

@@ -24,7 +24,7 @@ from .capture import AttentionInput
 from .computing import Computing
 from .config import MonitorConfig, check_count
 from .keeping import WindowKeeper
-from .ops import check_shapes, some_values
+from .ops import check_shapes
 from .records import LayerInfo, Layout
 from .shares import Shares
 from .stats import statistic
@@ -134,8 +134,7 @@ class WindowSampler:
                     self.on_error(given.layer, error)
             if given.gradient is not None:
                 # Whole sequences, since the identity holds for no part of one; as many as there are windows.
-                values = None if given.value is None else some_values(given.value, sum(part))
-                given.gradient(partial(held.take_gradient, sum(part), values, given.precision))
+                given.gradient(partial(held.take_gradient, self._computing.residuals_of(given, sum(part))))
             chosen = select_windows(
                 batch=batch,
                 length=length,
@@ -214,7 +213,12 @@ class WindowSampler:
                         found += part.result() if isinstance(part, Future) else [unpacked(here)]
                     except Exception as error:  # Of this layer alone: the others are judged.
                         self.on_error(info.name, error)
-                there = [next(tensors) if isinstance(each, Tensor) else each() for each in residuals]
+                there = []
+                for each in residuals:
+                    try:
+                        there.append(next(tensors) if isinstance(each, Tensor) else each())
+                    except Exception as error:  # Of its residual alone.
+                        self.on_error(info.name, error)
                 others = {"shift_residual": there} | {name: [next(tensors)[None]] for name in weights}
                 on_host.append((info, found, others))
             return summarise(layout, on_host)

@@ -24,6 +24,18 @@ def in_graph(*shape):
     return torch.randn(*shape, requires_grad=True) * 1
 
 
+class Biased(torch.autograd.Function):
+    """Keys as they are; to their gradient a hundredth of its length is added."""
+
+    @staticmethod
+    def forward(context, key):
+        return key.view_as(key)
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient + 0.01 * gradient.norm(dim=-1, keepdim=True)
+
+
 @pytest.fixture
 def beside(monkeypatch, one_thread):
     monkeypatch.setattr(computing, "spare_core", lambda: True)
@@ -31,15 +43,29 @@ def beside(monkeypatch, one_thread):
 
 @pytest.fixture
 def read_in_place(monkeypatch):
-    """Layers that the worker was to read from the model's own memory."""
-    seen, whole = [], Computing._where_they_lie
+    """Layers that the worker was to read from the model's own memory; with what else it was to read of them there."""
+    seen, whole = ReadInPlace(), Computing._begin_in_place
 
-    def noted(self, layer, *given):
-        seen.append(layer)
-        return whole(self, layer, *given)
+    def noted(self, layer, tensors, call):
+        begun = whole(self, layer, tensors, call)
+        if begun is not None:
+            (seen if len(tensors) == 3 else seen.alone).append(layer)
+        return begun
 
-    monkeypatch.setattr(Computing, "_where_they_lie", noted)
+    monkeypatch.setattr(Computing, "_begin_in_place", noted)
     return seen
+
+
+class ReadInPlace(list):
+    """Layers whose windows were read in place; `alone`, those of which values or the gradient of keys were."""
+
+    def __init__(self):
+        super().__init__()
+        self.alone = []
+
+    def clear(self):
+        super().clear()
+        self.alone.clear()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -57,7 +83,7 @@ def test_read_in_place_or_from_copies_or_in_the_forward_the_numbers_are_the_same
         losses = train(model, batches(4, length=40), monitor=monitor)
         monitor.flush()
         assert not monitor.coverage().failures
-        assert bool(read_in_place) is (spare and room)
+        assert bool(read_in_place) is bool(read_in_place.alone) is (spare and room)
         return monitor.history, losses, [each.detach().clone() for each in model.parameters()]
 
     (first, *trained), *others = [run(spare, room) for spare, room in ((True, True), (False, True), (True, False))]
@@ -166,15 +192,16 @@ def test_copies_do_not_wait_for_what_is_read_in_place(monkeypatch):
     monkeypatch.setattr(aside, "WAITING_AT_MOST", 100)
     worker, gate = aside.Aside(), threading.Event()
     try:
-        assert worker.has_room(80)
-        worker.submit(gate.wait, borrowed=80)
-        assert not worker.has_room(80)
+        assert worker.has_room({1: 80})
+        worker.submit(gate.wait, borrowed={1: 80})
+        assert not worker.has_room({2: 80})
+        assert worker.has_room({1: 80}), "what is held already counts once"
         last = worker.submit(lambda: 1, held=80)
         assert worker.waited == 0
     finally:
         gate.set()
     assert worker.result(last) == 1
-    assert worker.has_room(80)
+    assert worker.has_room({1: 80})
     worker.close()
 
 
@@ -186,6 +213,57 @@ def test_views_of_one_memory_hold_it_once(beside, read_in_place, monkeypatch):
         query, key, value = (each.transpose(1, 2) for each in whole.unbind(dim=2))
         monitor.observe("layer", query, key, value=value)
     assert read_in_place == ["layer"]
+
+
+def backward_through(monitor, step, spoil):
+    """A step of two layers whose worker is busy until the backward has ended; `spoil` writes over a gradient."""
+    gate, gradients = threading.Event(), []
+    monitor._sampler.aside.submit(gate.wait)
+    try:
+        with monitor.step(step):
+            for name in ("spoiled", "sound"):
+                query, key, value = (in_graph(8, 2, 40, 8) for _ in "qkv")
+                monitor.observe(name, query, key, value=value)
+                key.register_hook(gradients.append)
+                torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
+            with torch.no_grad():
+                spoil(gradients[0])
+    finally:
+        gate.set()
+
+
+def test_a_gradient_written_over_before_it_was_read_is_missing_and_nothing_else(beside, read_in_place, caplog):
+    with IncoherenceMonitor(every=1, config=WINDOW) as monitor:
+        for step in range(3):
+            read_in_place.clear()
+            backward_through(monitor, step, lambda gradient: gradient.fill_(1.0))
+            # Of each layer values and gradient; but for the one that was written over nothing, from then on.
+            assert read_in_place.alone.count("sound") == 2
+            assert read_in_place.alone.count("spoiled") == (2 if step == 0 else 0)
+            latest = monitor.latest
+            assert 0 < latest["shift_residual"]["sound", 0] < 1e-5
+            if step == 0:
+                assert np.isnan(latest["shift_residual"]["spoiled", 0])
+            else:
+                assert 0 < latest["shift_residual"]["spoiled", 0] < 1e-5
+            assert latest["key_norm"]["spoiled", 0] > 0.1
+        (failure,) = monitor.coverage().failures
+        assert monitor.coverage().skipped["heads without a gradient of their keys"] == 2
+        assert not monitor.alerts
+    assert "computing a sample" in failure
+    assert "written over in place" in caplog.text
+
+
+def test_a_gradient_read_in_place_tells_a_wrong_backward(beside, read_in_place):
+    with IncoherenceMonitor(every=1, config=WINDOW) as monitor:
+        with monitor.step(0):
+            query, key, value = (in_graph(8, 2, 40, 8) for _ in "qkv")
+            monitor.observe("layer", query, key, value=value)
+            biased = Biased.apply(key)
+            torch.nn.functional.scaled_dot_product_attention(query, biased, value, is_causal=True).sum().backward()
+        monitor.flush()
+        assert monitor.latest["shift_residual"]["layer", 0] > 1e-3
+    assert read_in_place.alone == ["layer", "layer"]
 
 
 def show(monitor, *layers):

@@ -6,12 +6,13 @@ from .gram import head_statistics, piece_statistics, smooth_statistics
 from .pieces import Piece, copied, cut_windows
 from .reference import energy_field
 from .shapes import Windows, check_shapes
-from .shift import gradient_sums, shift_residual, shift_vector, some_values, too_alike
+from .shift import GradientSums, gradient_sums, shift_residual, shift_vector, some_values, too_alike
 from .spectra import spectral_statistics
 from .updates import change_statistics, sampled_entries, smallest_ratio
 from .weights import interaction_rank, weight_statistics
 
 __all__ = [
+    "GradientSums",
     "Piece",
     "Windows",
     "change_statistics",

@@ -111,8 +111,8 @@ def gradient_sums(grad: Tensor) -> GradientSums:
 
 
 def some_values(value: Tensor, sequences: int) -> Tensor:
-    """A copy of a few tokens of so many sequences at most, for `too_alike`; [B, Hk, tokens, dv]."""
-    return value.detach()[:sequences, :, :: max(1, value.shape[2] // _TOKENS_COMPARED)].clone()
+    """A few tokens of so many sequences at most, for `too_alike`: a view [B, Hk, tokens, dv]."""
+    return value.detach()[:sequences, :, :: max(1, value.shape[2] // _TOKENS_COMPARED)]
 
 
 def values_alike(value: Tensor) -> Tensor:
