@@ -22,6 +22,7 @@ from .judge import JudgedSample
 from .keeping import KeptWindow
 from .messages import collect
 from .metrics import HEADS_CHARTED_EVER, Charted, HeadPlace, distributions, drifting_table, sample_metrics
+from .painting import painted
 from .records import Alert, RecordedSample, head_label
 from .reporting import Reporter
 from .trackers import PREFIX, CompositeTracker, Picture, as_tracker, sections
@@ -42,7 +43,7 @@ DISTRIBUTIONS_EVERY = 10
 
 
 class Dashboard:
-    """Writes judged samples to history and trackers, and draws the maps now and then, on a thread of its own."""
+    """Writes judged samples to history and trackers, and has the maps drawn now and then, beside training."""
 
     def __init__(
         self,
@@ -184,24 +185,24 @@ class Dashboard:
             self._fields.append((step, self._on_worker(self._draw_field, window, step)))
 
     def _draw_field(self, window: KeptWindow, step: int) -> dict[str, Picture]:
-        from . import figures
-        from .field import field_figure
+        from .field import field_sheet
 
         label = head_label(window.layer.index, "query", window.head)
         found = window.on_host()
         if found is None:
             return {}
+        sheet = field_sheet(
+            *found, scale=window.scale, layer=f"{label} ({window.layer.name})", head=window.head, step=step,
+            run=self._run,
+        )  # fmt: skip
         try:
-            figure = field_figure(
-                *found, scale=window.scale, layer=f"{label} ({window.layer.name})", head=window.head,
-                step=step, run=self._run,
-            )  # fmt: skip
+            (picture,) = painted([sheet])
         except MissingDependencyError:
             # Told with the maps.
             return {}
         if self._directory is not None:
-            figures.save(figure, self._directory / f"field_{label.replace('/', '_')}_step_{step:07d}.png")
-        return {f"{PREFIX}/field/{label}": figures.to_pixels(figure)}
+            picture.save(self._directory / f"field_{label.replace('/', '_')}_step_{step:07d}.png")
+        return {f"{PREFIX}/field/{label}": picture.pixels}
 
     def _start_drawing(self, judged: JudgedSample, drifting: list[HeadPlace]) -> None:
         if not self.wants_pictures() or judged.step == self._drawn_at:
@@ -218,24 +219,26 @@ class Dashboard:
         from . import figures
 
         named: dict[str, Any] = {"step": judged.step, "drifting": drifting, "run": self._run}
+        sheets = {MAP_NAME: figures.heads_sheet(judged.layout, judged.values.astype(np.float64), **named)}
+        if np.isfinite(judged.verdict.evidence).any():
+            statistics = self._settings["statistics"]
+            sheets[DRIFT_NAME] = figures.drift_sheet(
+                judged.layout, judged.verdict.evidence, statistics=statistics, **named
+            )
         try:
-            drawn = {MAP_NAME: figures.heads_map(judged.layout, judged.values.astype(np.float64), **named)}
-            if np.isfinite(judged.verdict.evidence).any():
-                statistics = self._settings["statistics"]
-                drawn[DRIFT_NAME] = figures.drift_map(
-                    judged.layout, judged.verdict.evidence, statistics=statistics, **named
-                )
+            pictures = painted(list(sheets.values()))
         except MissingDependencyError as error:
             self._drawable = False
             self._reporter.notice("no pictures", f"there will be no pictures: {error}")
             return {}
-        for name, figure in drawn.items() if self._directory is not None else ():
+        drawn = dict(zip(sheets, pictures, strict=True))
+        for name, picture in drawn.items() if self._directory is not None else ():
             file = name.rpartition("/")[2]
             assert self._directory is not None
-            figures.save(figure, self._directory / f"{file}.png")
+            picture.save(self._directory / f"{file}.png")
             if judged.alerts:
-                figures.save(figure, self._directory / f"{file}_alert_step_{judged.step:07d}.png")
-        return {name: figures.to_pixels(figure) for name, figure in drawn.items()}
+                picture.save(self._directory / f"{file}_alert_step_{judged.step:07d}.png")
+        return {name: picture.pixels for name, picture in drawn.items()}
 
     def _deliver(self, *, wait: bool = False) -> None:
         """Hand pictures that are ready to the trackers: not from the thread that draws, which knows no step order."""

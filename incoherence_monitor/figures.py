@@ -3,27 +3,21 @@
 The same colours mean the same everywhere: from blue to yellow a value from low to high, from blue over white to red
 what has a sign, grey what is undefined, a black frame with a white border a drifting head.
 
-Layer 3: imports field, records and stats; matplotlib when one is drawn.
+Layer 3: imports painting, records and stats.
 """
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .errors import MissingDependencyError
-from .field import SIGNED, UNDEFINED
+from .painting import SIGNED, Heads, Panel, draw, need_matplotlib
 from .records import FloatArray, Layout, head_label
 from .stats import HeadKind, Statistic
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 HeadPlace = tuple[HeadKind, int, int]
@@ -31,21 +25,31 @@ HeadPlace = tuple[HeadKind, int, int]
 
 VALUES = "cividis"
 """Colours of values, from low to high; told apart with any colour vision."""
-MARK, MARK_BORDER = "black", "white"
-"""A drifting head's frame: seen on every colour of both maps."""
-LEAST_FRAME = 0.035
-"""Least side of a frame as a share of its panel's, so that it is seen among many heads."""
 NAMED = 12
 """Drifting heads that a picture names."""
 LONGEST_NAME = 60
 """Characters of a run's name that a title has room for."""
-_COLUMNS = 4
 
 
 def heads_map(
     layout: Layout, values: FloatArray, *, step: int, drifting: Collection[HeadPlace] = (), run: str = ""
 ) -> Figure:
-    """Draw every statistic of every head.
+    """Draw what `heads_sheet` says, here and now.
+
+    Returns:
+        A figure that no window manager knows of.
+
+    Raises:
+        MissingDependencyError: if matplotlib is not installed.
+    """
+    need_matplotlib("Drawing the heads map")
+    return draw(heads_sheet(layout, values, step=step, drifting=drifting, run=run))
+
+
+def heads_sheet(
+    layout: Layout, values: FloatArray, *, step: int, drifting: Collection[HeadPlace] = (), run: str = ""
+) -> Heads:
+    """Every statistic of every head.
 
     Colours run from the 1st to the 99th percentile of the panel; drifting heads are framed, and named below when they
     are few.
@@ -58,10 +62,7 @@ def heads_map(
         run: name of the run, for the title.
 
     Returns:
-        A figure that no window manager knows of.
-
-    Raises:
-        MissingDependencyError: if matplotlib is not installed.
+        What a picture of it shows.
     """
     panels = []
     for row in layout.rows:
@@ -79,7 +80,7 @@ def limits_of(values: FloatArray) -> tuple[float, float]:
     return (float(low), float(high)) if high - low >= 1e-9 else (float(low) - 0.5, float(high) + 0.5)
 
 
-def drift_map(
+def drift_sheet(
     layout: Layout,
     evidence: FloatArray,
     *,
@@ -87,8 +88,8 @@ def drift_map(
     step: int,
     drifting: Collection[HeadPlace] = (),
     run: str = "",
-) -> Figure:
-    """Draw how far every judged statistic of every head has drifted from its baseline.
+) -> Heads:
+    """How far every judged statistic of every head has drifted from its baseline.
 
     Colours mean the same in every panel, step and run: white is on the baseline, dark red or dark blue is evidence of
     drift up or down at its threshold or beyond.
@@ -102,10 +103,7 @@ def drift_map(
         run: name of the run, for the title.
 
     Returns:
-        A figure that no window manager knows of.
-
-    Raises:
-        MissingDependencyError: if matplotlib is not installed.
+        What a picture of it shows.
     """
     panels = [(row, "evidence / threshold", (-1.0, 1.0)) for row in layout.rows if row.name in statistics]
     return _all_heads(
@@ -130,83 +128,30 @@ def _all_heads(
     title: str,
     drifting: Collection[HeadPlace],
     grey: str,
-) -> Figure:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError:
-        raise MissingDependencyError("matplotlib", extra="plots", needed_for="Drawing the heads map") from None
-    columns = max(1, min(_COLUMNS, len(panels)))
-    rows = max(1, math.ceil(len(panels) / columns))
+) -> Heads:
     most_heads = max((max(layer.query_heads, layer.key_heads) for layer in layout.layers), default=1)
-    width = float(np.clip(0.045 * most_heads + 2.6, 3.4, 6.0))
-    height = float(np.clip(0.045 * len(layout.layers) + 2.0, 2.8, 6.0))
-    figure = Figure(
-        figsize=(columns * width, rows * height + 1.1), layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06)
-    )
-    FigureCanvasAgg(figure)
-    # A run's name may hold what matplotlib would read as a formula.
-    figure.suptitle(title, fontsize=14, parse_math=False)
-    figure.supxlabel(f"{_names(layout, drifting)}\ngrey: {grey}", fontsize=10, parse_math=False)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, (row, unit, limits) in zip(axes, panels, strict=False):
-        panel(figure, axis, row, layout, values, drifting, unit=unit, limits=limits, colours=colours)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    return figure
+    drawn = [_panel(row, layout, values, drifting, unit, limits) for row, unit, limits in panels]
+    return Heads(
+        kind="heads", title=title, foot=f"{_names(layout, drifting)}\ngrey: {grey}", colours=colours,
+        most_heads=most_heads, panels=drawn,
+    )  # fmt: skip
 
 
-def panel(
-    figure: Figure,
-    axis: Axes,
+def _panel(
     row: Statistic,
     layout: Layout,
     values: FloatArray,
     drifting: Collection[HeadPlace],
-    *,
     unit: str,
     limits: tuple[float, float],
-    colours: str,
-) -> None:
-    """Draw one statistic of every head, layers downwards and heads to the right, with its colour bar.
-
-    Args:
-        figure: that the axes belong to.
-        axis: to draw on.
-        row: the statistic.
-        layout: the streams.
-        values: [S] of all statistics; NaN is drawn grey.
-        drifting: heads to frame, where they are of the statistic's kind.
-        unit: of the colour bar.
-        limits: the values of the first and the last colour.
-        colours: name of a matplotlib colour map.
-    """
-    from matplotlib.patches import Rectangle
-    from matplotlib.patheffects import withStroke
-    from matplotlib.ticker import MaxNLocator
-
+) -> Panel:
+    """One statistic of every head, layers downwards and heads to the right."""
     widest = max((layer.heads(row.kind) for layer in layout.layers), default=1)
     grid = np.full((len(layout.layers), widest), np.nan)
     part = np.arange(layout.slices[row.name].start, layout.slices[row.name].stop)
     grid[layout.stream_layer[part], layout.stream_head[part]] = values[part]
-    axis.set_facecolor(UNDEFINED)
-    image = axis.imshow(grid, aspect="auto", cmap=colours, vmin=limits[0], vmax=limits[1], interpolation="nearest")
-    bar = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02, extend="both")
-    bar.set_label(unit, fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    axis.set_title(row.title, fontsize=10)
-    axis.set_xlabel(f"{row.kind} head", fontsize=8)
-    axis.set_ylabel("layer", fontsize=8)
-    axis.tick_params(labelsize=7)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axis.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    wide, high = max(1.0, LEAST_FRAME * widest), max(1.0, LEAST_FRAME * len(layout.layers))
-    for kind, at, head in drifting:
-        if kind == row.kind:
-            frame = Rectangle((head - wide / 2, at - high / 2), wide, high, fill=False, edgecolor=MARK, linewidth=1.5)
-            frame.set(clip_on=False, path_effects=[withStroke(linewidth=4, foreground=MARK_BORDER)])
-            axis.add_patch(frame)
+    frames = [(head, at) for kind, at, head in drifting if kind == row.kind]
+    return Panel(title=row.title, across=f"{row.kind} head", unit=unit, grid=grid, limits=limits, frames=frames)
 
 
 def _names(layout: Layout, drifting: Collection[HeadPlace]) -> str:
@@ -217,20 +162,3 @@ def _names(layout: Layout, drifting: Collection[HeadPlace]) -> str:
     names = [head_label(layout.layers[at].index, kind, head) for kind, at, head in places[:NAMED]]
     more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
     return f"framed, drifting: {', '.join(names)}{more}"
-
-
-def to_pixels(figure: Figure) -> NDArray[np.uint8]:
-    """Render a figure, [height, width, 3] RGB."""
-    canvas = figure.canvas
-    canvas.draw()
-    pixels: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
-    return pixels
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    part = path.with_suffix(".part")
-    part.write_bytes(buffer.getvalue())
-    part.replace(path)

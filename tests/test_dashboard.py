@@ -125,7 +125,7 @@ def test_wandb_gets_nothing_over_its_limits_at_128_layers_of_128_heads(tmp_path)
     """docs.wandb.ai, limits: a value under 1 MB, a log call under 25 MB, 10,000 names a project."""
     pytest.importorskip("wandb")
     pytest.importorskip("matplotlib")
-    from incoherence_monitor import figures
+    from incoherence_monitor import figures, painting
     from incoherence_monitor.alerts import AlertBook
     from incoherence_monitor.metrics import distributions, sample_metrics
 
@@ -143,7 +143,7 @@ def test_wandb_gets_nothing_over_its_limits_at_128_layers_of_128_heads(tmp_path)
         {f"incoherence/{name}/heads": heads for name, heads in distributions(sample).items()}, step=20
     )
     tracker.table("incoherence/drifting_table", drifting_table(sample, every), step=20)
-    picture = figures.to_pixels(figures.heads_map(layout, sample.values.astype(float), step=20, drifting=every[:500]))
+    picture = painting.to_pixels(figures.heads_map(layout, sample.values.astype(float), step=20, drifting=every[:500]))
     tracker.picture("incoherence/heads_map", picture, step=20)
     tracker.close()
     rows, summary, _, metrics = read_offline_run(tmp_path)

@@ -12,7 +12,7 @@ from incoherence_monitor.trackers import InMemoryTracker
 
 pytest.importorskip("matplotlib")
 
-from incoherence_monitor import figures
+from incoherence_monitor import figures, painting
 
 from .test_monitor import drive, grow_one_head
 
@@ -27,7 +27,7 @@ def draw(layers, heads, key_heads, drifting=(), kind="heads_map", run="a run"):
     named = {"step": 1200, "drifting": drifting, "run": run}
     if kind == "heads_map":
         return figures.heads_map(layout, values, **named)
-    return figures.drift_map(layout, values - 1.5, statistics=DEFAULT_ALERTING, **named)
+    return painting.draw(figures.drift_sheet(layout, values - 1.5, statistics=DEFAULT_ALERTING, **named))
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("heads_map", ROWS), ("drift_map", JUDGED)])
@@ -37,7 +37,7 @@ def draw(layers, heads, key_heads, drifting=(), kind="heads_map", run="a run"):
 def test_every_panel_has_title_axes_and_a_colour_bar_and_nothing_overlaps(layers, heads, key_heads, kind, rows):
     drifting = [("key", at, 0) for at in range(layers)]
     figure = draw(layers, heads, key_heads, drifting=drifting, kind=kind, run="a run " + "x" * 300)
-    pixels = figures.to_pixels(figure)
+    pixels = painting.to_pixels(figure)
     assert pixels.dtype == np.uint8
     assert pixels.shape[2] == 3
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
@@ -76,7 +76,7 @@ def test_drifting_heads_are_framed_in_the_panels_of_their_kind_alone():
 def test_a_frame_is_seen_among_many_heads():
     figure = draw(128, 128, 128, drifting=[("key", 64, 3)])
     panel = next(axis for axis in figure.axes if axis.get_title() == "mean key norm")
-    figures.to_pixels(figure)
+    painting.to_pixels(figure)
     box = panel.patches[0].get_window_extent()
     assert min(box.width, box.height) >= 8
     assert abs(box.x0 + box.x1 - 2 * panel.transData.transform((3, 64))[0]) < 1
@@ -88,12 +88,12 @@ def test_colours_of_drift_mean_the_same_in_every_panel_and_size():
         assert len(panels) == len(JUDGED)
         for panel in panels:
             assert panel.images[0].get_clim() == (-1, 1)
-            assert panel.images[0].get_cmap().name == figures.SIGNED
+            assert panel.images[0].get_cmap().name == painting.SIGNED
 
 
 @pytest.mark.parametrize("run", ["$x^$", "a\nb\tc", "\\frac{", "", "<b>"])
 def test_a_run_may_have_any_name(run):
-    figures.to_pixels(draw(4, 4, 4, run=run))
+    painting.to_pixels(draw(4, 4, 4, run=run))
 
 
 def test_heads_stand_in_their_row_and_column():
@@ -128,13 +128,13 @@ def test_pictures_are_saved_and_sent_when_a_head_breaks(tmp_path):
 def test_a_picture_of_an_alert_is_drawn_however_long_the_one_before_takes(tmp_path, monkeypatch):
     import threading
 
-    drawn, hold = figures.heads_map, threading.Event()
+    drawn, hold = figures.heads_sheet, threading.Event()
 
     def slow(*args, **kwargs):
         hold.wait(60)
         return drawn(*args, **kwargs)
 
-    monkeypatch.setattr(figures, "heads_map", slow)
+    monkeypatch.setattr(figures, "heads_sheet", slow)
     monitor = IncoherenceMonitor(every=1, config=MonitorConfig(window=32), output_dir=tmp_path)
     drive(monitor, range(60), change=grow_one_head, key_heads=4)
     assert monitor.alerts, "judging does not wait for pictures"

@@ -88,7 +88,7 @@ def test_an_alert_brings_the_field_of_its_head_with_the_next_sample(tmp_path, mo
     pytest.importorskip("matplotlib")
     from incoherence_monitor import field
 
-    tracker, seen, drawn, draw = InMemoryTracker(), {}, [], field.field_figure
+    tracker, seen, drawn, draw = InMemoryTracker(), {}, [], field.field_sheet
 
     def change(step, layer, query, key):
         grow_one_head(step, layer, query, key)
@@ -98,7 +98,7 @@ def test_an_alert_brings_the_field_of_its_head_with_the_next_sample(tmp_path, mo
         drawn.append((query, key, named))
         return draw(query, key, **named)
 
-    monkeypatch.setattr(field, "field_figure", recorded)
+    monkeypatch.setattr(field, "field_sheet", recorded)
     config = MonitorConfig(window=32)
     with IncoherenceMonitor(every=1, config=config, output_dir=tmp_path / "a run", trackers=[tracker]) as monitor:
         drive(monitor, range(60), change=change, key_heads=4)

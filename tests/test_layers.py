@@ -14,7 +14,7 @@ import incoherence_monitor
 PACKAGE = Path(incoherence_monitor.__file__).parent
 LAYERS = [
     {"errors", "reporting", "coverage", "transfer", "cores", "worker", "clock"},
-    {"ops"},
+    {"ops", "painting"},
     {
         "stats",
         "config",
@@ -64,7 +64,6 @@ SIDEWAYS = {
     "judge": {"sums"},
     "history": {"attempts", "notebook"},
     "notebook": {"figures", "history"},
-    "figures": {"field"},
     "dashboard": {"metrics"},
     "pipeline": {"dashboard"},
     "steering": {"pipeline"},
@@ -79,7 +78,14 @@ OPTIONAL = {
     "wandb": {"trackers/wandb.py"},
     "tensorboard": {"trackers/tensorboard.py"},
     "torch.utils.tensorboard": {"trackers/tensorboard.py"},
-    "matplotlib": {"figures.py", "field.py", "audit/pictures.py", "audit/result.py", "audit/page.py"},
+    "matplotlib": {
+        "painting/canvas.py",
+        "figures.py",
+        "field.py",
+        "audit/pictures.py",
+        "audit/result.py",
+        "audit/page.py",
+    },
     "pandas": {"history.py"},
     "triton": {"ops/kernels/keys.py", "ops/kernels/matrices.py", "ops/kernels/tokens.py"},
     "tqdm": {"audit/progress.py"},

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import MissingDependencyError
-from ..field import UNDEFINED
 from ..figures import VALUES, limits_of
+from ..painting import UNDEFINED
 from .result import ScanResult, Window, kind_of, quartiles
 from .tables import SHOWN, title_of, unit_of
 

@@ -1,0 +1,22 @@
+"""How pictures are drawn: from plain arrays, in a process of their own, so that training does not wait for them."""
+
+from __future__ import annotations
+
+from .canvas import SIGNED, UNDEFINED, Field, Heads, Panel, Pixels, Sheet, draw, to_pixels, to_png
+from .process import Painted, need_matplotlib, painted
+
+__all__ = [
+    "SIGNED",
+    "UNDEFINED",
+    "Field",
+    "Heads",
+    "Painted",
+    "Panel",
+    "Pixels",
+    "Sheet",
+    "draw",
+    "need_matplotlib",
+    "painted",
+    "to_pixels",
+    "to_png",
+]
