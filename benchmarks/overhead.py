@@ -30,8 +30,11 @@ from benchmarks.peers import peers
 from benchmarks.variants import Monitored, Variant, try_out
 from benchmarks.workloads import SHAPES, Shape, Workload
 
-MONITORS = ((1, 2), (1, 8), (10, 2), (10, 8), (100, 2), (100, 8))
-"""Interval and windows of each monitored variant."""
+MONITORS = (
+    (1, 2, False), (1, 8, False), (1, 8, True), (10, 2, False), (10, 8, False), (10, 8, True), (100, 2, False),
+    (100, 8, False),
+)  # fmt: skip
+"""Interval and windows of each monitored variant, and whether it writes history, scalars and pictures."""
 PACKAGES = ("transformers", "wandb", "trainscope", "pulsegrad", "mindstudio-probe")
 WORDS = {"process": "CPU time of the process", "wall": "the clock"}
 
@@ -100,9 +103,9 @@ def variants(
 
     for one in found:
         try_out(one)
-    for every, windows in MONITORS:
-        if wanted(f"monitor, every={every}, {windows} windows"):
-            monitored = Monitored(work, every=every, windows=windows)
+    for every, windows, written in MONITORS:
+        if wanted(f"monitor, every={every}, {windows} windows{', written' if written else ''}"):
+            monitored = Monitored(work, every=every, windows=windows, written=written)
             monitored.warm_up(warm_up)
             monitored.check()
             found.append(monitored)

@@ -7,6 +7,8 @@ for another.
 
 from __future__ import annotations
 
+import tempfile
+
 from torch import Tensor
 
 from benchmarks.blocks import PLAIN
@@ -63,12 +65,18 @@ class Monitored(Variant):
 
     measures = "heads"
 
-    def __init__(self, work: Workload, *, every: int, windows: int) -> None:
-        """Attach the monitor."""
-        super().__init__(work, f"monitor, every={every}, {windows} windows")
+    def __init__(self, work: Workload, *, every: int, windows: int, written: bool = False) -> None:
+        """Attach the monitor; `written`: it keeps a history, writes to TensorBoard and has pictures drawn."""
+        super().__init__(work, f"monitor, every={every}, {windows} windows{', written' if written else ''}")
         self.every = every
+        self._folder = tempfile.TemporaryDirectory() if written else None
         self.monitor = IncoherenceMonitor(
-            self.model, every=every, config=MonitorConfig(windows_per_sample=windows), on_alert=None
+            self.model,
+            every=every,
+            config=MonitorConfig(windows_per_sample=windows),
+            output_dir=None if self._folder is None else self._folder.name,
+            trackers=["tensorboard"] if written else (),
+            on_alert=None,
         )
         self._at = 0
         self._warming = False
@@ -89,8 +97,11 @@ class Monitored(Variant):
         self._at += self.every if self._warming else 1
 
     def drain(self) -> None:
-        """Where every step is sampled, the last sample of a block would be worked on in the next variant's time."""
-        if self.every == 1:
+        """Where every step is sampled, the last sample of a block would be worked on in the next variant's time.
+
+        Not where there are pictures, which a flush waits for and training does not.
+        """
+        if self.every == 1 and self._folder is None:
             self.monitor.flush()
 
     def check(self) -> None:
@@ -105,8 +116,10 @@ class Monitored(Variant):
             raise RuntimeError(f"{self.name} measured {len(coverage.seen)} layers; failures: {coverage.failures}")
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Let go of the model and of what was written."""
         self.monitor.close()
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
 def try_out(variant: Variant) -> None:

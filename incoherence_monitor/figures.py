@@ -130,14 +130,14 @@ def _all_heads(
     grey: str,
 ) -> Heads:
     most_heads = max((max(layer.query_heads, layer.key_heads) for layer in layout.layers), default=1)
-    drawn = [_panel(row, layout, values, drifting, unit, limits) for row, unit, limits in panels]
+    drawn = [panel_of(row, layout, values, drifting, unit, limits) for row, unit, limits in panels]
     return Heads(
         kind="heads", title=title, foot=f"{_names(layout, drifting)}\ngrey: {grey}", colours=colours,
         most_heads=most_heads, panels=drawn,
     )  # fmt: skip
 
 
-def _panel(
+def panel_of(
     row: Statistic,
     layout: Layout,
     values: FloatArray,
@@ -145,7 +145,16 @@ def _panel(
     unit: str,
     limits: tuple[float, float],
 ) -> Panel:
-    """One statistic of every head, layers downwards and heads to the right."""
+    """One statistic of every head.
+
+    Args:
+        row: the statistic.
+        layout: the streams.
+        values: [S] of all statistics; NaN is drawn grey.
+        drifting: heads to frame, where they are of the statistic's kind.
+        unit: of the colour bar.
+        limits: the values of the first and the last colour.
+    """
     widest = max((layer.heads(row.kind) for layer in layout.layers), default=1)
     grid = np.full((len(layout.layers), widest), np.nan)
     part = np.arange(layout.slices[row.name].start, layout.slices[row.name].stop)

@@ -81,7 +81,7 @@ def test_overhead(monkeypatch, tmp_path):
     found, page = run_main(monkeypatch, "overhead", *given, tmp_path)
     result = found["results"]["tiny"]
     rows = {row["variant"]: row for row in result["rows"]}
-    assert len(rows) == 9
+    assert len(rows) == 10
     assert rows["unmonitored"]["process, total"] == 1.0
     for name, row in rows.items():
         if "every=100" in name:

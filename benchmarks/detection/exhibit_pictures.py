@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from incoherence_monitor import Alert
-from incoherence_monitor.field import SIGNED
-from incoherence_monitor.figures import VALUES, HeadPlace, panel
+from incoherence_monitor.figures import VALUES, HeadPlace, panel_of
+from incoherence_monitor.painting import SIGNED, draw_panel
 from incoherence_monitor.records import head_label
 from incoherence_monitor.stats import statistic
 from incoherence_monitor.verdict import Verdict
@@ -49,14 +49,14 @@ def draw(judged: Judged, shown: str) -> bytes:
     framed = heads if alert is None or alert.layer_index is not None else ()
     part, evidence = run.layout.slices[row.name], judged.verdicts[sample].evidence
     if np.isfinite(evidence[part]).any():
-        panel(figure, left, row, run.layout, evidence, framed, unit="evidence / threshold", limits=(-1.0, 1.0),
-              colours=SIGNED)  # fmt: skip
+        drift = panel_of(row, run.layout, evidence, framed, "evidence / threshold", (-1.0, 1.0))
+        draw_panel(left, drift, colours=SIGNED)
         left.set_title(f"drift of {row.title}, step {run.steps[sample]}", fontsize=9)
     else:
         # An absolute rule: there is no baseline to drift from.
         values = run.values[sample].astype(np.float64)
         limits = (float(np.nanmin(values[part])), float(np.nanmax(values[part])))
-        panel(figure, left, row, run.layout, values, framed, unit=row.unit, limits=limits, colours=VALUES)
+        draw_panel(left, panel_of(row, run.layout, values, framed, row.unit, limits), colours=VALUES)
         left.set_title(f"{row.title}, step {run.steps[sample]}", fontsize=9)
     first = max(0, (run.onset if judged.twin is not None else sample) - BEFORE)
     _curve(middle, judged, row.name, heads, first)

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from incoherence_monitor import __version__
 from incoherence_monitor.audit import tables
-from incoherence_monitor.figures import save
+from incoherence_monitor.painting import to_pixels, to_png
 
 from .claims import Claim, all_claims, tally
 from .measure import RANKS, Measured
@@ -45,10 +45,10 @@ def write(measured: Measured, out: Path, *, stem: str, command: str) -> list[Cla
         f"numpy {np.__version__}, scipy {scipy.__version__}, incoherence_monitor {__version__}"
     )
     out.mkdir(parents=True, exist_ok=True)
-    save(_overview(measured), out / f"{stem}.png")
+    (out / f"{stem}.png").write_bytes(to_png(to_pixels(_overview(measured))))
     fields = measured.scan.fields
     if fields:
-        save(fields[0].draw(measured.scan.name), out / f"{stem}_field.png")
+        (out / f"{stem}_field.png").write_bytes(to_png(to_pixels(fields[0].draw(measured.scan.name))))
     lines = [
         f"# What two papers say, on {measured.scan.name}",
         "",

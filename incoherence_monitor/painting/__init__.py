@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .canvas import SIGNED, UNDEFINED, Field, Heads, Panel, Pixels, Sheet, draw, to_pixels, to_png
+from .canvas import SIGNED, UNDEFINED, Field, Heads, Panel, Pixels, Sheet, draw, draw_panel, to_pixels, to_png
 from .process import Painted, need_matplotlib, painted
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Pixels",
     "Sheet",
     "draw",
+    "draw_panel",
     "need_matplotlib",
     "painted",
     "to_pixels",

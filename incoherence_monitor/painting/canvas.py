@@ -130,11 +130,19 @@ def _heads(sheet: Heads) -> Figure:
         row, column = divmod(at, columns)
         x, y = column * wide + _LEFT, _FOOT + (rows - 1 - row) * high + _BELOW
         bar = figure.add_axes(place(x + across + _BAR_APART, y, _BAR_WIDE, down), label="<colorbar>")
-        _panel(figure.add_axes(place(x, y, across, down)), bar, panel, sheet["colours"])
+        draw_panel(figure.add_axes(place(x, y, across, down)), panel, colours=sheet["colours"], bar_axis=bar)
     return figure
 
 
-def _panel(axis: Axes, bar_axis: Axes, panel: Panel, colours: str) -> None:
+def draw_panel(axis: Axes, panel: Panel, *, colours: str, bar_axis: Axes | None = None) -> None:
+    """Draw one statistic of every head, layers downwards and heads to the right, with its colour bar.
+
+    Args:
+        axis: to draw on.
+        panel: what to draw.
+        colours: name of a matplotlib colour map.
+        bar_axis: for the colour bar; None takes room from `axis`.
+    """
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
     from matplotlib.ticker import MaxNLocator
@@ -142,7 +150,8 @@ def _panel(axis: Axes, bar_axis: Axes, panel: Panel, colours: str) -> None:
     grid, (low, high) = panel["grid"], panel["limits"]
     axis.set_facecolor(UNDEFINED)
     image = axis.imshow(grid, aspect="auto", cmap=colours, vmin=low, vmax=high, interpolation="nearest")
-    bar = axis.figure.colorbar(image, cax=bar_axis, extend="both")
+    where = {"ax": axis, "fraction": 0.05, "pad": 0.02} if bar_axis is None else {"cax": bar_axis}
+    bar = axis.figure.colorbar(image, extend="both", **where)
     bar.set_label(panel["unit"], fontsize=8)
     bar.ax.tick_params(labelsize=7)
     axis.set_title(panel["title"], fontsize=10)
