@@ -4,8 +4,8 @@
 
 Every round trains one block of steps by every variant, two of them unmonitored: their difference is the noise (A/A).
 Controls and monitors do theirs in pieces, in random order; others a whole block at a time, in one round of four. What
-the columns are: `blocks`. Process time is the CPU time of all threads of this process, wall time what the clock shows;
-on a GPU, time of the training stream.
+the columns are: `blocks`. Process time is the CPU time of all threads of this process, without the process that draws
+pictures, wall time what the clock shows; on a GPU, time of the training stream.
 """
 
 from __future__ import annotations

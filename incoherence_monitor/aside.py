@@ -49,10 +49,10 @@ class Aside:
         Args:
             memory: bytes by address; what is held already counts once.
         """
-        while self._borrowed and self._borrowed[0][0].done():
-            self._borrowed.popleft()
+        # A backward may ask on a thread of its own, so nothing is taken from a queue that another thread walks along.
+        self._borrowed = deque(each for each in tuple(self._borrowed) if not each[0].done())
         held: dict[int, int] = dict(memory)
-        for _, each in self._borrowed:
+        for _, each in tuple(self._borrowed):
             held.update(each)
         return sum(held.values()) <= WAITING_AT_MOST
 
@@ -76,7 +76,8 @@ class Aside:
         Returns:
             Its result, or the exception it raised.
         """
-        self.make_room(held)
+        if held:
+            self.make_room(held)
         future = self._worker.submit(partial(_without_gradient, call))
         if held:
             self._waiting.append((future, held))  # type: ignore[arg-type]  # Read for whether it is done alone.
@@ -92,7 +93,7 @@ class Aside:
         """
         self._wait(future)
         self._waiting = deque(each for each in self._waiting if not each[0].done())
-        self._borrowed = deque(each for each in self._borrowed if not each[0].done())
+        self._borrowed = deque(each for each in tuple(self._borrowed) if not each[0].done())
         return future.result()
 
     def _held(self) -> int:

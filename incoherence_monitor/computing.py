@@ -108,7 +108,7 @@ class Computing:
         """Prepare for the gradient of a call's keys.
 
         Args:
-            given: the call; none of its tensors is held beyond its forward.
+            given: the call; of its tensors the values are held until the worker has looked at them.
             sequences: of how many the residuals are taken, at most.
 
         Returns:
@@ -163,7 +163,8 @@ class Computing:
             self._written_over.add(layer)
             raise RuntimeError(
                 "queries, keys, values or the gradient of keys were written over in place before they had been read; "
-                "this sample lacks what was to be read, and from the next on it is read while training waits"
+                "this sample lacks what was to be read, and from the next on windows are copied and gradients summed "
+                "while training waits"
             )
 
         return self._aside.submit(take, borrowed=memory)

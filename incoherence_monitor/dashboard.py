@@ -1,6 +1,6 @@
 """What becomes of a judged sample: metrics, distributions, tables, pictures and history, each at its time.
 
-Layer 4: imports judge, keeping, alerts, metrics, trackers, worker; history, figures and field when they are used.
+Layer 4: imports judge, keeping, alerts, metrics, pictures, trackers; history when it is used.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,27 +15,20 @@ import numpy as np
 
 from .alerts import AlertBook
 from .coverage import Coverage, save
-from .errors import HistoryError, MissingDependencyError
+from .errors import HistoryError
 from .judge import JudgedSample
 from .keeping import KeptWindow
 from .messages import collect
 from .metrics import HEADS_CHARTED_EVER, Charted, HeadPlace, distributions, drifting_table, sample_metrics
-from .painting import painted
-from .records import Alert, RecordedSample, head_label
+from .pictures import PICTURE_EVERY, Pictures
+from .records import Alert, RecordedSample
 from .reporting import Reporter
-from .trackers import PREFIX, CompositeTracker, Picture, as_tracker, sections
-from .worker import Worker
+from .trackers import PREFIX, CompositeTracker, as_tracker, sections
 
 if TYPE_CHECKING:
     from .history import History, HistoryWriter
 
-MAP_NAME = f"{PREFIX}/heads_map"
-DRIFT_NAME = f"{PREFIX}/drift_map"
 TABLE_NAME = f"{PREFIX}/drifting_table"
-PICTURE_EVERY = 50
-"""Samples between pictures while nothing happens; the first sample has one."""
-PICTURE_LEAST = 10
-"""Least samples between pictures, however many alerts there are."""
 DISTRIBUTIONS_EVERY = 10
 """Samples between histograms over heads."""
 
@@ -70,18 +61,9 @@ class Dashboard:
         self._reporter = reporter
         self._directory = directory
         self._settings = dict(settings)
-        self._run = run_name(directory)
         self._memory: deque[RecordedSample] = deque(maxlen=keep_in_memory)
         self._writer: HistoryWriter | None = None
-        self._since_picture = PICTURE_EVERY
-        self._worker = Worker("incoherence_monitor_pictures")
         self._process = os.getpid()
-        self._drawing: tuple[int, Future[dict[str, Picture]]] | None = None
-        self._fields: deque[tuple[int, Future[dict[str, Picture]]]] = deque()
-        self._waiting: tuple[JudgedSample, list[HeadPlace]] | None = None
-        self._drawable = True
-        self._drawn_at = -1
-        self._alert_drawn = False
         self._charted = Charted()
         self._laid_out: tuple[str, ...] = ()
         self._published = 0
@@ -92,6 +74,9 @@ class Dashboard:
             self._writer = HistoryWriter(directory, self._settings)
         made = [as_tracker(tracker, directory=directory) for tracker in trackers]
         self._trackers = CompositeTracker(made, reporter.guard)
+        self._pictures = Pictures(
+            reporter, self._trackers.picture, directory=directory, statistics=self._settings["statistics"]
+        )
 
     @property
     def forked(self) -> bool:
@@ -120,14 +105,12 @@ class Dashboard:
                 "that trains",
             )
             return
-        self._deliver()
+        self._pictures.deliver()
         drifting = book.open_heads()
         if self._trackers.trackers:
             self._track(judged, book, drifting, alerts=alerts, cost=cost)
-        self._since_picture += 1
-        due = self._since_picture >= (PICTURE_LEAST if judged.alerts else PICTURE_EVERY)
-        if due or (judged.alerts and not self._alert_drawn):
-            self._start_drawing(judged, drifting)
+        if self.wants_pictures():
+            self._pictures.judged(judged, drifting)
 
     def _track(
         self,
@@ -169,10 +152,8 @@ class Dashboard:
 
     def wants_pictures(self) -> bool:
         """Whether pictures are wanted and can be drawn."""
-        return self._drawable and not self.forked and (self._directory is not None or bool(self._trackers.trackers))
-
-    def _on_worker(self, draw: Callable[..., dict[str, Picture]], *given: Any) -> Future[dict[str, Picture]]:
-        return self._worker.submit(partial(draw, *given))
+        somewhere = self._directory is not None or bool(self._trackers.trackers)
+        return somewhere and self._pictures.drawable and not self.forked
 
     def draw_field(self, window: KeptWindow, *, step: int) -> None:
         """Draw the energy field of a head under alert, off the training thread.
@@ -182,76 +163,7 @@ class Dashboard:
             step: training step of the sample that the window is from.
         """
         if not self.forked:
-            self._fields.append((step, self._on_worker(self._draw_field, window, step)))
-
-    def _draw_field(self, window: KeptWindow, step: int) -> dict[str, Picture]:
-        from .field import field_sheet
-
-        label = head_label(window.layer.index, "query", window.head)
-        found = window.on_host()
-        if found is None:
-            return {}
-        sheet = field_sheet(
-            *found, scale=window.scale, layer=f"{label} ({window.layer.name})", head=window.head, step=step,
-            run=self._run,
-        )  # fmt: skip
-        try:
-            (picture,) = painted([sheet])
-        except MissingDependencyError:
-            # Told with the maps.
-            return {}
-        if self._directory is not None:
-            picture.save(self._directory / f"field_{label.replace('/', '_')}_step_{step:07d}.png")
-        return {f"{PREFIX}/field/{label}": picture.pixels}
-
-    def _start_drawing(self, judged: JudgedSample, drifting: list[HeadPlace]) -> None:
-        if not self.wants_pictures() or judged.step == self._drawn_at:
-            return
-        if self._drawing is not None:
-            # What shows an alert is drawn next, however long the one before takes.
-            self._waiting = (judged, drifting) if judged.alerts else self._waiting
-            return
-        self._since_picture, self._drawn_at = 0, judged.step
-        self._alert_drawn = self._alert_drawn or bool(judged.alerts)
-        self._drawing = (judged.step, self._on_worker(self._draw, judged, drifting))
-
-    def _draw(self, judged: JudgedSample, drifting: list[HeadPlace]) -> dict[str, Picture]:
-        from . import figures
-
-        named: dict[str, Any] = {"step": judged.step, "drifting": drifting, "run": self._run}
-        sheets = {MAP_NAME: figures.heads_sheet(judged.layout, judged.values.astype(np.float64), **named)}
-        if np.isfinite(judged.verdict.evidence).any():
-            statistics = self._settings["statistics"]
-            sheets[DRIFT_NAME] = figures.drift_sheet(
-                judged.layout, judged.verdict.evidence, statistics=statistics, **named
-            )
-        try:
-            pictures = painted(list(sheets.values()))
-        except MissingDependencyError as error:
-            self._drawable = False
-            self._reporter.notice("no pictures", f"there will be no pictures: {error}")
-            return {}
-        drawn = dict(zip(sheets, pictures, strict=True))
-        for name, picture in drawn.items() if self._directory is not None else ():
-            file = name.rpartition("/")[2]
-            assert self._directory is not None
-            picture.save(self._directory / f"{file}.png")
-            if judged.alerts:
-                picture.save(self._directory / f"{file}_alert_step_{judged.step:07d}.png")
-        return {name: picture.pixels for name, picture in drawn.items()}
-
-    def _deliver(self, *, wait: bool = False) -> None:
-        """Hand pictures that are ready to the trackers: not from the thread that draws, which knows no step order."""
-        while self._fields and (wait or self._fields[0][1].done()):
-            self._hand_on(*self._fields.popleft())
-        if self._drawing is None or not (wait or self._drawing[1].done()):
-            return
-        (step, future), self._drawing = self._drawing, None
-        self._hand_on(step, future)
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            self._start_drawing(*waiting)
-            self._deliver(wait=wait)
+            self._pictures.field(window, step=step)
 
     def keep_coverage(self, tell: Callable[[], Coverage], samples: int = 1) -> None:
         """Leave what is watched beside the history.
@@ -263,17 +175,10 @@ class Dashboard:
         if self._directory is not None and samples % PICTURE_EVERY == 1 and not self.forked:
             save(tell(), self._directory)
 
-    def _hand_on(self, step: int, future: Future[dict[str, Picture]]) -> None:
-        def hand_on() -> None:
-            for name, image in future.result().items():
-                self._trackers.picture(name, image, step=step)
-
-        self._reporter.guard("drawing a picture", hand_on)
-
     def flush(self) -> None:
-        """Wait for the picture in flight."""
+        """Hand on what has been drawn; wait for nothing: other ranks may be waiting for this one."""
         if not self.forked:
-            self._deliver(wait=True)
+            self._pictures.deliver()
 
     def history(self) -> History:
         """Read back what has been recorded.
@@ -293,26 +198,14 @@ class Dashboard:
         """Draw the last picture, write the summary, close history and trackers."""
         if self.forked:
             return
-        self._deliver(wait=True)
+        drifting = [] if book is None else book.open_heads()
+        self._pictures.close(latest if self.wants_pictures() else None, drifting)
         if latest is not None and book is not None:
-            drifting = book.open_heads()
-            # At the interpreter's exit no thread takes work any more.
-            self._reporter.guard("drawing the last picture", lambda: self._start_drawing(latest, drifting))
-            self._deliver(wait=True)
             worst = max((abs(alert.deviation) for alert in alerts if np.isfinite(alert.deviation)), default=0.0)
             first = float(alerts[0].step) if alerts else float("nan")
             summary = {"first_alert": first, "worst_deviation": worst, "drifting_heads": float(book.drifting)}
             summary["armed"] = latest.verdict.armed_share
             self._trackers.summary({f"{PREFIX}/{name}": value for name, value in summary.items()})
-        self._worker.close()
         if self._writer is not None:
             self._reporter.guard("closing the history", self._writer.close)
         self._trackers.close()
-
-
-def run_name(directory: Path | None) -> str:
-    """Name of the run for titles: that of its folder, which the callback's own lies within."""
-    if directory is None:
-        return ""
-    folder = directory.absolute()
-    return folder.parent.name if folder.name == PREFIX else folder.name

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import SettingError
 from .ops import energy_field
-from .painting import Field, draw, need_matplotlib
+from .painting import Field, draw_here
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,8 +36,7 @@ def field_figure(
         MissingDependencyError: if matplotlib is not installed.
     """
     sheet = field_sheet(query, key, scale=scale, layer=layer, head=head, step=step, run=run)
-    need_matplotlib("Drawing an energy field")
-    return draw(sheet)
+    return draw_here(sheet, "Drawing an energy field")
 
 
 def field_sheet(

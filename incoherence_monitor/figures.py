@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .painting import SIGNED, Heads, Panel, draw, need_matplotlib
+from .painting import SIGNED, Heads, Panel, draw_here
 from .records import FloatArray, Layout, head_label
 from .stats import HeadKind, Statistic
 
@@ -42,8 +42,8 @@ def heads_map(
     Raises:
         MissingDependencyError: if matplotlib is not installed.
     """
-    need_matplotlib("Drawing the heads map")
-    return draw(heads_sheet(layout, values, step=step, drifting=drifting, run=run))
+    sheet = heads_sheet(layout, values, step=step, drifting=drifting, run=run)
+    return draw_here(sheet, "Drawing the heads map")
 
 
 def heads_sheet(

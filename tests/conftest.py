@@ -37,6 +37,18 @@ def no_pictures():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def patience():
+    """What draws pictures steps back behind others: on a machine full of tests one may take minutes."""
+    from incoherence_monitor import pictures
+    from incoherence_monitor.painting import process
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "CLOSE_WAITS", 900.0)
+        patch.setattr(process, "LONGEST", 900.0)
+        yield
+
+
 @pytest.fixture
 def past_the_first_steps(monkeypatch):
     """Layers and the model are judged as one from step 0 and at every step, as if learning had got under way."""

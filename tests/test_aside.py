@@ -144,7 +144,7 @@ def test_closing_survives_pictures_that_cannot_be_begun(tmp_path, monkeypatch):
         def refuse(*given):
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
-        monkeypatch.setattr(monitor._dashboard, "_on_worker", refuse)
+        monkeypatch.setattr(monitor._dashboard._pictures, "_on_worker", refuse)
         for step in range(2):
             with monitor.step(step):
                 bad = torch.full((8, 2, 40, 8), float("nan"))

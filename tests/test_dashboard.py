@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from incoherence_monitor import IncoherenceMonitor, MonitorConfig
-from incoherence_monitor.dashboard import DISTRIBUTIONS_EVERY, run_name
+from incoherence_monitor.dashboard import DISTRIBUTIONS_EVERY
 from incoherence_monitor.judge import JudgedSample
 from incoherence_monitor.metrics import HEADS_CHARTED, HEADS_CHARTED_EVER, HEADS_LISTED, Charted, drifting_table
+from incoherence_monitor.pictures import run_name
 from incoherence_monitor.records import LayerInfo, Layout, RecordedSample
 from incoherence_monitor.stats import STATISTICS
 from incoherence_monitor.trackers import InMemoryTracker, sections

@@ -34,7 +34,7 @@ LAYERS = [
     {"aside", "windows", "shares", "capture", "sums", "keeping", "yielded", "weighing", "computing"}
     | {"sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "attempts", "history", "notebook", "judge", "figures", "field", "inbox"},
-    {"metrics", "dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
+    {"metrics", "pictures", "dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
     {"integrations", "audit", "report"},
     {"demo", "cli", ""},
 ]
@@ -64,7 +64,8 @@ SIDEWAYS = {
     "judge": {"sums"},
     "history": {"attempts", "notebook"},
     "notebook": {"figures", "history"},
-    "dashboard": {"metrics"},
+    "pictures": {"metrics"},
+    "dashboard": {"metrics", "pictures"},
     "pipeline": {"dashboard"},
     "steering": {"pipeline"},
     "monitor": {"pipeline", "state", "dashboard", "steering", "watching"},
@@ -80,6 +81,7 @@ OPTIONAL = {
     "torch.utils.tensorboard": {"trackers/tensorboard.py"},
     "matplotlib": {
         "painting/canvas.py",
+        "painting/process.py",
         "figures.py",
         "field.py",
         "audit/pictures.py",

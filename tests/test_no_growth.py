@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from incoherence_monitor import IncoherenceMonitor, MonitorConfig
-from incoherence_monitor.dashboard import PICTURE_EVERY
+from incoherence_monitor.pictures import PICTURE_EVERY
 
 pytest.importorskip("transformers")
 
@@ -54,7 +54,7 @@ def run(samples, *, every=1, backend=None, **settings):
     found = []
     with IncoherenceMonitor(model, every=every, config=CONFIG, **settings) as monitor:
         # The first picture, for which the worker thread opens fonts, falls among the first samples.
-        monitor._dashboard._since_picture = PICTURE_EVERY - FIRST // 2
+        monitor._dashboard._pictures._since = PICTURE_EVERY - FIRST // 2
         for step in range(samples * every):
             with monitor.step(step):
                 called(**data[step % 4], use_cache=False).loss.backward()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
+import time
+import warnings
 
 import numpy as np
 import pytest
 
-from incoherence_monitor import IncoherenceMonitor, MonitorConfig, dashboard, painting
+from incoherence_monitor import IncoherenceMonitor, MonitorConfig, painting, pictures
 from incoherence_monitor.errors import MissingDependencyError
 from incoherence_monitor.painting import canvas, process
 from incoherence_monitor.trackers import InMemoryTracker
@@ -40,7 +44,7 @@ def field():
 def test_another_process_draws_what_this_one_would():
     from matplotlib.image import imread
 
-    pictures = painting.painted([heads(), field()])
+    pictures = painting.Painter().painted([heads(), field()])
     for picture, sheet in zip(pictures, (heads(), field()), strict=True):
         here = painting.to_pixels(painting.draw(sheet))
         np.testing.assert_array_equal(picture.pixels, here)
@@ -60,27 +64,98 @@ def test_the_process_imports_neither_torch_nor_this_package():
 
 
 def test_no_process_for_nothing(monkeypatch):
-    monkeypatch.setattr(process.subprocess, "run", None)
-    assert painting.painted([]) == []
+    monkeypatch.setattr(process, "_start", None)
+    assert painting.Painter().painted([]) == []
 
 
 def test_a_process_that_fails_is_told_in_a_sentence():
     with pytest.raises(RuntimeError, match="the process that draws pictures failed: KeyError: 'title'"):
-        painting.painted([{"kind": "field"}])
+        painting.Painter().painted([{"kind": "field"}])
 
 
-def test_a_process_that_never_ends_is_given_up(monkeypatch, tmp_path):
+@pytest.fixture
+def never(monkeypatch, tmp_path):
     (tmp_path / "never.py").write_text("import time; time.sleep(600)")
     monkeypatch.setattr(canvas, "__file__", str(tmp_path / "never.py"))
-    monkeypatch.setattr(process, "LONGEST", 0.5)
-    with pytest.raises(RuntimeError, match=r"took longer than 0\.5 seconds"):
-        painting.painted([field()])
+    monkeypatch.setattr(process, "_LOOK", 0.05)
+
+
+def test_a_process_that_never_ends_is_given_up(never, monkeypatch):
+    monkeypatch.setattr(process, "LONGEST", 0.3)
+    with pytest.raises(RuntimeError, match="took too long and was given up"):
+        painting.Painter().painted([field()])
+
+
+def test_closing_waits_for_all_pictures_together_no_longer_than_it_says(never, monkeypatch, caplog):
+    monkeypatch.setattr(pictures, "CLOSE_WAITS", 0.5)
+    monitor = IncoherenceMonitor(every=1, config=MonitorConfig(window=32), trackers=[tracker := InMemoryTracker()])
+    drive(monitor, range(60), change=grow_one_head, key_heads=4)
+    start = time.perf_counter()
+    monitor.flush()
+    monitor.state_dict()
+    assert not tracker.pictures
+    monitor.close()
+    # Two maps and a field were waited for; without a bound it would be minutes.
+    assert time.perf_counter() - start < 20
+    assert "took too long and was given up" in caplog.text
+
+
+def test_what_else_is_printed_does_not_spoil_the_answer(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('hello')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert len(painting.Painter().painted([field()])) == 1
+
+
+def test_where_the_first_place_to_import_from_is_not_the_program_s_folder(monkeypatch):
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    assert len(painting.Painter().painted([field()])) == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("executable", ""), ("executable", "/opt/game.exe"), ("frozen", True)])
+def test_what_is_no_python_is_not_started(monkeypatch, name, value):
+    monkeypatch.setattr(sys, name, value, raising=False)
+    with pytest.raises(RuntimeError, match="there is none to start"):
+        painting.Painter().painted([field()])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_fork_does_not_keep_a_picture_waiting():
+    """A loader of data forks its workers while the other thread starts a process, and they live on."""
+    children, done = [], threading.Event()
+
+    def fork():
+        while not done.is_set() and len(children) < 200:
+            child = os.fork()
+            if child == 0:
+                time.sleep(600)
+                os._exit(0)
+            children.append(child)
+
+    other = threading.Thread(target=fork)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            other.start()
+            start = time.perf_counter()
+            processes = [process._start() for _ in range(20)]
+            taken = time.perf_counter() - start
+        done.set()
+        other.join()
+    finally:
+        done.set()
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    for each in processes:
+        each.kill()
+        each.communicate()
+    assert taken < 300
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingDependencyError, match=r"incoherence-monitor\[plots\]"):
-        painting.painted([field()])
+        painting.Painter().painted([field()])
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
@@ -103,27 +178,35 @@ def test_nothing_is_drawn_in_the_process_that_trains(monkeypatch, tmp_path):
     assert not drawn
 
 
-def test_a_run_whose_pictures_cannot_be_drawn_goes_on(monkeypatch, caplog):
-    def fails(sheets):
+def test_a_run_whose_pictures_cannot_be_drawn_goes_on_and_stops_trying(monkeypatch, caplog):
+    tried = []
+
+    def fails(self, sheets):
+        tried.append(sheets)
         raise OSError("no process can be started")
 
-    monkeypatch.setattr(dashboard, "painted", fails)
+    monkeypatch.setattr(process.Painter, "painted", fails)
+    monkeypatch.setattr(pictures, "PICTURE_EVERY", 10)
     tracker = InMemoryTracker()
     with IncoherenceMonitor(every=1, config=MonitorConfig(window=32), trackers=[tracker]) as monitor:
-        drive(monitor, range(60), change=grow_one_head, key_heads=4)
-    assert len(tracker.metrics) == 60
+        for step in range(100):
+            drive(monitor, [step], change=grow_one_head, key_heads=4)
+            monitor._dashboard._pictures._worker.submit(lambda: None).result()
+    assert len(tracker.metrics) == 100
     assert monitor.alerts
     assert not tracker.pictures
-    assert len([record for record in caplog.records if "no process can be started" in record.message]) == 1
+    assert len(tried) == pictures.UNDRAWN_AT_MOST
+    assert len([record for record in caplog.records if "there will be no more pictures" in record.message]) == 1
 
 
 def test_training_goes_on_while_a_picture_is_drawn(monkeypatch):
-    gate, whole = threading.Event(), dashboard.painted
-    monkeypatch.setattr(dashboard, "painted", lambda sheets: gate.wait(60) and whole(sheets))
+    gate, whole = threading.Event(), process.Painter.painted
+    monkeypatch.setattr(process.Painter, "painted", lambda self, sheets: gate.wait(60) and whole(self, sheets))
     tracker = InMemoryTracker()
     monitor = IncoherenceMonitor(every=1, config=MonitorConfig(window=32), trackers=[tracker])
     drive(monitor, range(10))
-    assert len(tracker.metrics) >= 9
+    monitor.flush()
+    assert len(tracker.metrics) == 10
     assert not tracker.pictures
     gate.set()
     monitor.close()

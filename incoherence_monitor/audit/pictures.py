@@ -1,6 +1,6 @@
 """Pictures of a scan: every head of a model on one text and length, and layers of several models side by side.
 
-Layer 5: imports errors, field, records and tables; matplotlib when one is drawn.
+Layer 5: imports errors, figures, painting, records and tables; matplotlib when one is drawn.
 """
 
 from __future__ import annotations

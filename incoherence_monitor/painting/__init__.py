@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .canvas import SIGNED, UNDEFINED, Field, Heads, Panel, Pixels, Sheet, draw, draw_panel, to_pixels, to_png
-from .process import Painted, need_matplotlib, painted
+from .process import Painted, Painter, draw_here
 
 __all__ = [
     "SIGNED",
@@ -11,13 +11,13 @@ __all__ = [
     "Field",
     "Heads",
     "Painted",
+    "Painter",
     "Panel",
     "Pixels",
     "Sheet",
     "draw",
+    "draw_here",
     "draw_panel",
-    "need_matplotlib",
-    "painted",
     "to_pixels",
     "to_png",
 ]

@@ -31,6 +31,8 @@ LEAST_FRAME = 0.035
 """Least side of a frame as a share of its panel's, so that it is seen among many heads."""
 NICE = 10
 """How far the program steps back behind others: training may have the core."""
+ANSWER = b"\0incoherence_monitor pictures\0"
+"""Stands before the answer of the program."""
 _COLUMNS = 4
 _LEFT, _RIGHT, _ABOVE, _BELOW = 0.62, 0.98, 0.34, 0.52
 """Inches around a panel, for its labels, its colour bar and its title."""
@@ -195,10 +197,11 @@ def _main() -> None:
     if hasattr(os, "nice"):
         os.nice(NICE)
     pictures = [to_pixels(draw(sheet)) for sheet in pickle.load(sys.stdin.buffer)]
-    pickle.dump([(pixels, to_png(pixels)) for pixels in pictures], sys.stdout.buffer)
+    sys.stdout.buffer.write(ANSWER + pickle.dumps([(pixels, to_png(pixels)) for pixels in pictures]))
 
 
 if __name__ == "__main__":
-    # The folder of this file, which Python looks into first, is no place to import from.
-    sys.path.pop(0)
+    # The folder of this file, which Python may look into first, is no place to import from.
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [each for each in sys.path if os.path.abspath(each) != here]
     _main()
