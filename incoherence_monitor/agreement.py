@@ -18,7 +18,7 @@ import numpy as np
 
 from .records import SHIFT_BOUNDS, IntArray, LayerInfo, Layout
 from .stats import STATISTIC_NAMES, statistic
-from .sums import SampleSums, layer_parts
+from .sums import SampleSums
 from .windows import Place
 
 Declared = list[int | None]
@@ -117,7 +117,7 @@ def onto(sums: SampleSums, layout: Layout, *, coordinate: int, size: int) -> Sam
         coordinate: the rank's place in its tensor-parallel group.
         size: of the group.
     """
-    mine = {(sums.layout.layers[at].name, name): part for name, part, at in layer_parts(sums.layout)}
+    mine = {(sums.layout.layers[at].name, name): part for (at, name), part in sums.layout.places.items()}
     own = {layer.name: layer for layer in sums.layout.layers}
     first = {}
     for whole in layout.layers:
@@ -125,12 +125,12 @@ def onto(sums: SampleSums, layout: Layout, *, coordinate: int, size: int) -> Sam
         if local is not None and local.window == whole.window:
             first[whole.name] = first_heads(whole, local, coordinate=coordinate, size=size)
     total, count, non_finite = np.zeros((3, layout.size))
-    for name, part, at in layer_parts(layout):
+    for (at, name), part in layout.places.items():
         layer = layout.layers[at].name
         heads = first.get(layer)
         if heads is not None and (layer, name) in mine:
-            start, source = part.start + heads[statistic(name).kind], mine[layer, name]
-            target = slice(start, start + source.stop - source.start)
+            source = mine[layer, name]
+            target = part[heads[statistic(name).kind] :][: len(source)]
             total[target], count[target] = sums.total[source], sums.count[source]
             non_finite[target] = sums.non_finite[source]
     return replace(sums, layout=layout, total=total, count=count, non_finite=non_finite)

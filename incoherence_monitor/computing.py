@@ -4,7 +4,8 @@ On a device the statistics that need no eigenvalues are taken at once, with the 
 CPU the worker takes the eigenvalues while training goes on, and where a core is spare all of it: the same operations on
 the same numbers, wherever they run. It reads queries, keys and values where the model has them if operations in
 autograd's graph made all three: nobody writes over those, since the backward needs them. Else it is given copies of the
-windows, as of parameters, which the optimizer writes over. So with the gradient of keys, which it sums up.
+windows, as of parameters, which the optimizer writes over. So with the gradient of keys, which it sums up where that
+is much.
 
 Layer 3: imports aside, ops, sums, windows, yielded, capture.base.
 """
@@ -35,6 +36,9 @@ from .ops import (
 from .sums import Part, part_of
 from .windows import Selection
 from .yielded import Residuals, to_be_copied
+
+SUMMED_AT_ONCE = 1 << 17
+"""Elements of a gradient that are summed sooner than they are handed to the worker."""
 
 T = TypeVar("T")
 Heads = tuple[Tensor, Tensor, Tensor | None]
@@ -108,7 +112,7 @@ class Computing:
         """Prepare for the gradient of a call's keys.
 
         Args:
-            given: the call; of its tensors the values are held until the worker has looked at them.
+            given: the call; none of its tensors is held.
             sequences: of how many the residuals are taken, at most.
 
         Returns:
@@ -125,22 +129,19 @@ class Computing:
         if given.value.device.type != "cpu":
             found = too_alike(some, precision)
             return lambda: found
-        if given.lasting and spare_core():
-            begun = self._begin_in_place(given.layer, [given.value], lambda: too_alike(some.clone(), precision))
-            if begun is not None:
-                return begun.result
-        # Sums depend in their last digit on how memory is laid out, so it is a copy wherever it is read.
+        # A few numbers, looked at when the worker has done all else.
         return partial(too_alike, some.clone(), precision)
 
     def _residuals(
         self, layer: str, lasting: bool, sequences: int, alike: Callable[[], Tensor | None], grad: Tensor
     ) -> Residuals:
         sums: Callable[[], GradientSums] | None = None
-        if lasting and grad.device.type == "cpu" and spare_core():
-            begun = self._begin_in_place(layer, [grad], partial(gradient_sums, grad[:sequences]))
+        summed = grad[:sequences]
+        if lasting and grad.device.type == "cpu" and summed.numel() > SUMMED_AT_ONCE and spare_core():
+            begun = self._begin_in_place(layer, [grad], partial(gradient_sums, summed))
             sums = None if begun is None else begun.result
         if sums is None:
-            taken = gradient_sums(grad[:sequences])
+            taken = gradient_sums(summed)
             sums = lambda: taken  # noqa: E731
 
         def residuals() -> Tensor:

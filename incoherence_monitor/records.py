@@ -97,6 +97,18 @@ class Layout:
             start = stop
         return result
 
+    @cached_property
+    def places(self) -> dict[tuple[int, str], IntArray]:
+        """Positions of a layer's streams of one statistic, by position in `layers` and name."""
+        found = {}
+        for row in self.rows:
+            start = self.slices[row.name].start
+            for at, layer in enumerate(self.layers):
+                stop = start + layer.heads(row.kind)
+                found[at, row.name] = np.arange(start, stop)
+                start = stop
+        return found
+
     @property
     def size(self) -> int:
         """Number of streams."""

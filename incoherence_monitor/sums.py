@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from .ops import spectral_statistics
-from .records import BoolArray, FloatArray, LayerInfo, Layout
+from .records import BoolArray, FloatArray, IntArray, LayerInfo, Layout
 from .stats import HeadKind
 from .transfer import to_host, triangle
 
@@ -134,7 +134,7 @@ def part_of(keep: Tensor | None, smooth: Mapping[str, Tensor], core: Tensor) -> 
         whole = core.new_zeros(*core.shape[:2], dim, dim)
         whole[..., rows, columns] = core
         core = whole
-    values = {name: value.double().numpy() for name, value in {**smooth, **spectral_statistics(core)}.items()}
+    values = {name: value.numpy() for name, value in {**smooth, **spectral_statistics(core)}.items()}
     kept = np.ones(len(core), dtype=bool) if keep is None else keep.numpy() > 0
     return Part(kept, values)
 
@@ -146,32 +146,38 @@ def summarise(layout: Layout, taken: Iterable[tuple[LayerInfo, list[Part], Mappi
         layout: the streams.
         taken: layers with their parts, and what is not taken from windows by statistic, [n, heads] each, on the host.
     """
-    total, count, non_finite = np.zeros(layout.size), np.zeros(layout.size), np.zeros(layout.size)
+    total, count, non_finite = np.zeros((3, layout.size))
+    least = np.full(layout.size, -np.inf)
+    for name in _MAY_BE_ZERO:
+        if name in layout.slices:
+            least[layout.slices[name]] = LEAST
     too_short = 0
-    places = {(int(layer), name): part for name, part, layer in layer_parts(layout)}
     at_of = {layer.name: at for at, layer in enumerate(layout.layers)}
-
-    def add(at: int, name: str, values: FloatArray) -> None:
-        if name in _MAY_BE_ZERO:
-            values = np.maximum(values, LEAST)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            logs = np.log(values)
-        known = np.isfinite(logs)
-        total[places[at, name]] += np.where(known, logs, 0).sum(axis=0)
-        count[places[at, name]] += known.sum(axis=0)
-
+    # What has as many windows goes together, each stream once: numbers are few, and operations cost more than they.
+    gathered: dict[tuple[int, int], list[tuple[IntArray, FloatArray]]] = {}
     for info, parts, others in taken:
         at = at_of[info.name]
-        for part in parts:
-            bad = _not_finite(part.values)
-            too_short += int((~part.keep).sum())
-            for name, per_window in part.values.items():
-                add(at, name, per_window[part.keep])
-            for row in layout.rows:
-                non_finite[places[at, row.name]] += bad[row.kind][part.keep].sum(axis=0)
+        for turn, part in enumerate(parts):
+            lost = int((~part.keep).sum())
+            too_short += lost
+            kept = {name: values[part.keep] if lost else values for name, values in part.values.items()}
+            alike = gathered.setdefault((turn, len(part.keep) - lost), [])
+            alike += [(layout.places[at, name], values) for name, values in kept.items()]
+            for kind, bad in _not_finite(kept).items():
+                for row in layout.rows if bad.any() else ():
+                    if row.kind == kind:
+                        non_finite[layout.places[at, row.name]] += bad.sum(axis=0)
         for name, found in others.items():
-            for each in found:
-                add(at, name, each.double().numpy())
+            for turn, each in enumerate(found):
+                gathered.setdefault((turn, len(each)), []).append((layout.places[at, name], each.numpy()))
+    for alike in gathered.values():
+        places = np.concatenate([where for where, _ in alike])
+        values = np.concatenate([found for _, found in alike], axis=1, dtype=np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logs = np.log(np.maximum(values, least[places]))
+        known = np.isfinite(logs)
+        total[places] += np.where(known, logs, 0).sum(axis=0)
+        count[places] += known.sum(axis=0)
     return SampleSums(layout, total, count, non_finite, too_short)
 
 
@@ -183,15 +189,3 @@ def _not_finite(values: Mapping[str, FloatArray]) -> dict[HeadKind, BoolArray]:
     # Both are undefined for queries that are all zero too, but then the energy scale is zero, not missing.
     bad_query = ~np.isfinite(values["energy_scale"]) & ~np.isfinite(values["query_participation_rank"])
     return {"key": bad_key, "query": bad_query}
-
-
-def layer_parts(layout: Layout) -> list[tuple[str, slice, int]]:
-    """For each statistic and layer, the streams they take."""
-    result = []
-    for row in layout.rows:
-        start = layout.slices[row.name].start
-        for at, layer in enumerate(layout.layers):
-            stop = start + layer.heads(row.kind)
-            result.append((row.name, slice(start, stop), at))
-            start = stop
-    return result
