@@ -63,7 +63,10 @@ def sections(statistics: Iterable[Statistic]) -> tuple[Section, ...]:
     heads = tuple(Panel(f"{row.title} ({row.unit})", (f"{HEAD_PATTERN}/{row.name}$",), "pattern") for row in rows)
     cost = (
         Panel("share of the run's time", (f"{PREFIX}/cost/share",)),
-        Panel("a sample, in ms of the training thread", (f"{PREFIX}/cost/sample_ms",)),
+        Panel(
+            "a sample, in ms of the training thread, and how long that waited for the worker",
+            (f"{PREFIX}/cost/sample_ms", f"{PREFIX}/cost/wait_ms"),
+        ),
     )
     return (
         Section("Is attention healthy?", overview),
