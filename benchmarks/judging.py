@@ -24,7 +24,7 @@ from incoherence_monitor import MonitorConfig
 from incoherence_monitor.detectors import DriftDetector
 from incoherence_monitor.records import LayerInfo, Layout
 
-SIZES = ((3, 4), (12, 12), (32, 32), (80, 64), (100, 100))
+SIZES = ((3, 4), (12, 12), (32, 32), (65, 64), (100, 100))
 """Layers and heads of each."""
 WARM_UP, MEASURED = 60, 15
 
@@ -78,7 +78,13 @@ def main() -> None:
         }
         for row in rows
     ]
-    lines = [f"One core; medians of CPU time over {MEASURED} samples.", "", *results_file.table(shown)]
+    lines = [
+        f"One core; medians of CPU time over {MEASURED} samples. "
+        "`prepare` is the worker's; for `judge` training waits. "
+        f"A model of {SIZES[-1][0] * SIZES[-1][1]:,} heads is the last row, with all statistics judged.",
+        "",
+        *results_file.table(shown),
+    ]
     text = results_file.write(
         out, "judging", title="Judging a sample", lines=lines, content={"rows": rows}, packages=("numpy",)
     )

@@ -142,6 +142,22 @@ def test_overhead_names_who_is_left_out(monkeypatch):
     assert "ZeroDivisionError" in left_out["broken"]
 
 
+@pytest.mark.parametrize("name", ["trainscope", "wandb.watch", "pulsegrad", "msprobe", "naive SVD"])
+def test_a_peer_that_is_installed_is_driven(name):
+    pytest.importorskip("transformers")
+    peers, workloads, overhead = load("peers"), load("workloads"), load("overhead")
+    pytest.importorskip(peers.PEERS[name][0])
+    work = workloads.Workload(workloads.SHAPES["tiny"])
+    (peer,), left_out = peers.peers(work, wanted=lambda each: each == f"{name}, every=1")
+    assert not left_out
+    before = [each.detach().clone() for each in work.model.parameters()]
+    block = overhead.run_block(peer, 2)
+    peer.close()
+    assert len(block.steps) == 2
+    assert block.sampled.all()
+    assert any(not torch.equal(*each) for each in zip(before, work.model.parameters(), strict=True))
+
+
 def test_a_twin_shares_weights_and_nothing_else():
     pytest.importorskip("transformers")
     workloads = load("workloads")
