@@ -412,13 +412,14 @@ def test_time_is_counted_once_and_never_exceeds_the_runs():
 
 
 def test_time_of_two_threads_is_that_of_both():
-    clock, inside = Clock(), threading.Event()
+    clock, began, inside = Clock(), threading.Event(), threading.Event()
 
     def of_another():
-        clock.measure(lambda: inside.wait(60))
+        clock.measure(lambda: began.set() or inside.wait(60))
 
     other = threading.Thread(target=of_another)
     other.start()
+    began.wait(60)
     clock.measure(lambda: time.sleep(0.02))
     inside.set()
     other.join()
