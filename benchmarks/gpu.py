@@ -2,11 +2,12 @@
 
     python benchmarks/gpu.py [--quick] [--out benchmarks/results/gpu]
 
-Correctness of the kernels on the card, and again under compute-sanitizer where that is on PATH; cost, memory, the
-statistics against the machine's bound, growth and start-up with a 1B Llama in bfloat16; and a profiler's trace of
-sampled and of unmonitored steps, whose waits for the device are counted. A part that fails does not stop the others;
-their output is kept beside the results. Exit codes: 0 if every part ran and a sampled step waits no more often than an
-unmonitored one, 1 if not, 2 without a GPU.
+Correctness of the kernels on the card, and again under compute-sanitizer; the floor of the shift residual by back end;
+cost, memory, the statistics against the machine's bound, growth and start-up with a 1B Llama in bfloat16; and a
+profiler's trace of sampled and of unmonitored steps, whose waits for the device are counted. A part that fails does not
+stop the others; their output is kept beside the results. Where compute-sanitizer is not on PATH, or attention was
+neither FlashAttention's nor cuDNN's, that is said and counts as not checked. Exit codes: 0 if every part ran and a
+sampled step waits no more often than an unmonitored one, 1 if not, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -31,17 +32,20 @@ from benchmarks.variants import Monitored, Variant, try_out
 from benchmarks.workloads import SHAPES, Workload
 
 PLAIN, SAMPLED = "unmonitored step", "sampled step"
+SANITIZER = "compute-sanitizer"
+FUSED = ("flash", "cudnn")
+"""What the names of the attention that is asked for hold."""
 
 
 def commands(shape: str, out: Path, *, quick: bool) -> dict[str, list[str]]:
     """Every part that is a command of its own, by name."""
     python = [sys.executable]
     gpu = ["--device", "cuda", "--out", str(out)]
-    sanitizer = shutil.which("compute-sanitizer")
+    sanitizer = shutil.which(SANITIZER) or SANITIZER
     check = [*python, "benchmarks/kernels_check.py"]
     found = {"kernels": [*check, "--json", str(out / "kernels.json")]}
-    if sanitizer:
-        found["kernels under compute-sanitizer"] = [sanitizer, "--error-exitcode", "1", *check, "--tiny"]
+    found["kernels under compute-sanitizer"] = [sanitizer, "--error-exitcode", "1", *check, "--tiny"]
+    found["shift residual"] = [*python, "benchmarks/shift_residual.py", *gpu, "--samples", "4" if quick else "64"]
     rounds = "2" if quick else "20"
     found["overhead"] = [
         *python, "benchmarks/overhead.py", "--shape", shape, "--rounds", rounds, "--seconds", "600", *gpu,
@@ -60,7 +64,9 @@ def run(command: list[str], log: Path) -> str:
     """Run one part from the root of the repository; "ran", or how it ended and where its output lies."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "PYTHONPATH": path}
-    if "compute-sanitizer" in command[0]:
+    if shutil.which(command[0]) is None:
+        return f"not checked: {command[0]} is not on PATH"
+    if Path(command[0]).name == SANITIZER:
         # Blocks of torch's cache hold several tensors: a read beyond one of them would go unseen.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     with log.open("w") as output:
@@ -148,6 +154,8 @@ def main() -> int:
     def trace() -> str:
         record(given.shape, out / "trace.json")
         found.update(judge(traces.load(out / "trace.json")))
+        if not any(fused in name for name in found["attention"] for fused in FUSED):
+            return f"not checked with FlashAttention or cuDNN: attention was {found['attention'] or 'not fused'}"
         return "ran"
 
     part("trace", trace)

@@ -9,6 +9,7 @@ other data before its length is taken; noise falls with the root of their number
 
 from __future__ import annotations
 
+import argparse
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -128,13 +129,18 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     )
 
 
+def parser() -> argparse.ArgumentParser:
+    """What the command takes."""
+    found = results_file.arguments(__doc__)
+    found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    found.add_argument("--lengths", type=int, nargs="+", default=[48, 256])
+    found.add_argument("--samples", type=int, default=64, help="samples of the running mean")
+    return found
+
+
 def main() -> None:
     """Measure and write both files."""
-    parser = results_file.arguments(__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[48, 256])
-    parser.add_argument("--samples", type=int, default=64, help="samples of the running mean")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     parts = {
         "floors": floors(arguments.device, tuple(arguments.lengths)),
         "errors": errors(arguments.device, arguments.samples),

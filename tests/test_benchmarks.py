@@ -301,7 +301,7 @@ def test_gpu_runs_commands_that_exist(tmp_path):
 
     for quick in (False, True):
         parts = load("gpu").commands("tiny", tmp_path, quick=quick)
-        assert {"kernels", "overhead", "memory", "ops", "growth", "startup"} <= set(parts)
+        assert {"kernels", "overhead", "memory", "ops", "growth", "startup", "shift residual"} <= set(parts)
         for command in parts.values():
             script, given = next(
                 (FOLDER.parent / each, command[at + 1 :])
@@ -312,3 +312,5 @@ def test_gpu_runs_commands_that_exist(tmp_path):
             if script.stem != "kernels_check":
                 assert load(script.stem).parser().parse_args(given)
     assert load("gpu").run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log") == "ended with 3, see log"
+    told = load("gpu").run(["no-such-tool"], tmp_path / "log")
+    assert told == "not checked: no-such-tool is not on PATH"
