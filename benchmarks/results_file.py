@@ -61,12 +61,14 @@ def versions(*packages: str) -> str:
 def command() -> str:
     """The command that was given, as it is typed at the root of the repository; where results went is left out."""
     script = Path(sys.argv[0])
-    name = f"benchmarks/{script.name}" if script.suffix == ".py" else script.name
+    name = [f"benchmarks/{script.name}"] if script.suffix == ".py" else [script.name]
+    if script.parent.name == "detection":
+        name = ["-m", f"benchmarks.detection.{script.stem}"]
     given = list(sys.argv[1:])
     if "--out" in given:
         at = given.index("--out")
         del given[at : at + 2]
-    return shlex.join(["python", name, *given])
+    return shlex.join(["python", *name, *given])
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, digits: int = 3) -> list[str]:
