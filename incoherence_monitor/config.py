@@ -36,6 +36,8 @@ class MonitorConfig:
             of sensitivity. Smaller is more sensitive.
         include: globs of layer names to watch.
         exclude: globs of layer names to leave out; wins over `include`.
+        chart_heads: globs of heads by their names on dashboards, such as "L03/KV02" or "L03/*", that have charts of
+            their own in every sample; at most 32 heads have. Heads under alert have them anyway.
         seed: seed of the monitor's own generator, which draws window offsets.
         probe: a fixed batch to measure on instead of the live one: the arguments of the model's forward by name, or a
             function that is given the model and runs its forward. Costs that forward in every sample. Recorded by a
@@ -52,12 +54,13 @@ class MonitorConfig:
     false_alarm_every: float = 5000.0
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    chart_heads: tuple[str, ...] = ()
     seed: int = 0
     probe: Probe | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Validate every field and bring sequences into tuples."""
-        for name in ("statistics", "include", "exclude"):
+        for name in ("statistics", "include", "exclude", "chart_heads"):
             value = as_sequence(name, getattr(self, name))
             if not all(isinstance(item, str) for item in value):
                 raise SettingError(f"{name} must be a sequence of strings; got {value!r}.")

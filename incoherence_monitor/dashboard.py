@@ -19,9 +19,17 @@ from .errors import HistoryError
 from .judge import JudgedSample
 from .keeping import KeptWindow
 from .messages import collect
-from .metrics import HEADS_CHARTED_EVER, Charted, HeadPlace, distributions, drifting_table, sample_metrics
+from .metrics import (
+    HEADS_CHARTED,
+    HEADS_CHARTED_EVER,
+    Charted,
+    HeadPlace,
+    distributions,
+    drifting_table,
+    sample_metrics,
+)
 from .pictures import PICTURE_EVERY, Pictures
-from .records import Alert, RecordedSample
+from .records import Alert, Layout, RecordedSample
 from .reporting import Reporter
 from .trackers import PREFIX, CompositeTracker, as_tracker, sections
 
@@ -64,7 +72,7 @@ class Dashboard:
         self._memory: deque[RecordedSample] = deque(maxlen=keep_in_memory)
         self._writer: HistoryWriter | None = None
         self._process = os.getpid()
-        self._charted = Charted()
+        self._charted = Charted(self._settings["chart_heads"])
         self._laid_out: tuple[str, ...] = ()
         self._published = 0
         self._listed: list[HeadPlace] = []
@@ -124,6 +132,7 @@ class Dashboard:
         if self._laid_out != judged.layout.statistics:
             self._laid_out = judged.layout.statistics
             self._trackers.panels(sections(judged.layout.rows))
+            self._check_asked(judged.layout)
         charted = self._charted.choose(judged.layout, drifting)
         if self._charted.left_out:
             self._reporter.notice(
@@ -145,6 +154,22 @@ class Dashboard:
                 self._trackers.note(event.message, step=event.step)
         if set(drifting) != set(self._listed):
             self._list(judged, drifting)
+
+    def _check_asked(self, layout: Layout) -> None:
+        asked = self._settings["chart_heads"]
+        found = len(self._charted.asked_for(layout))
+        if asked and not found:
+            self._reporter.notice(
+                "chart_heads",
+                f"no head that is watched has a name like {', '.join(asked)}, so chart_heads charts none; names are "
+                "those of the heads map, such as L00/KV00 for a key head and L00/Q00 for a query head",
+            )
+        if found > HEADS_CHARTED:
+            self._reporter.notice(
+                "chart_heads",
+                f"chart_heads names {found} heads, of which the first {HEADS_CHARTED} have charts of their own, and no "
+                "head under alert has; the map, the table and the history have them all",
+            )
 
     def _list(self, judged: JudgedSample, drifting: list[HeadPlace]) -> None:
         self._listed = drifting

@@ -6,6 +6,7 @@ Layer 4: imports alerts, judge, records and trackers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from .stats import HeadKind
 from .trackers import PREFIX, Table
 
 HEADS_CHARTED = 32
-"""Heads under alert that get charts of their own at a time; people lose track beyond some tens."""
+"""Heads that get charts of their own at a time; people lose track beyond some tens."""
 HEADS_CHARTED_EVER = 100
 """Heads that get charts in one run: at most some 700 names, of the 10,000 that W&B advises for a whole project."""
 HEADS_LISTED = 100
@@ -29,30 +30,52 @@ HeadPlace = tuple[HeadKind, int, int]
 class Charted:
     """Which heads have charts of their own, so that a storm of alerts does not leave thousands of names behind."""
 
-    def __init__(self) -> None:
-        """Start without any."""
+    def __init__(self, asked: Sequence[str] = ()) -> None:
+        """Start without any.
+
+        Args:
+            asked: globs of names on dashboards; what they name is charted in every sample.
+        """
+        self._asked = tuple(asked)
+        self._found: tuple[Layout, list[HeadPlace]] | None = None
         self._ever: set[tuple[HeadKind, str, int]] = set()
         self.left_out = False
+        """Whether a head had to do without."""
 
     def choose(self, layout: Layout, places: Iterable[HeadPlace]) -> list[HeadPlace]:
-        """The heads under alert that are charted now, those that were before first.
+        """The heads that are charted now: those asked for, then those under alert, those that were before first.
 
         Args:
             layout: the streams.
             places: heads under alert, in the order in which they came.
 
         Returns:
-            At most `HEADS_CHARTED` of them; over the run at most `HEADS_CHARTED_EVER`.
+            At most `HEADS_CHARTED`; over the run at most `HEADS_CHARTED_EVER`.
         """
-        chosen: list[HeadPlace] = []
+        chosen = self.asked_for(layout)[:HEADS_CHARTED]
+        self._ever |= {(kind, layout.layers[at].name, head) for kind, at, head in chosen}
         named = [((kind, layout.layers[at].name, head), (kind, at, head)) for kind, at, head in places]
         for name, place in sorted(named, key=lambda pair: pair[0] not in self._ever):
             room = name in self._ever or len(self._ever) < HEADS_CHARTED_EVER
             self.left_out = self.left_out or not room
-            if room and len(chosen) < HEADS_CHARTED:
+            if room and len(chosen) < HEADS_CHARTED and place not in chosen:
                 self._ever.add(name)
                 chosen.append(place)
         return chosen
+
+    def asked_for(self, layout: Layout) -> list[HeadPlace]:
+        """All heads that globs of the user's name, layer by layer."""
+        if self._found is None or self._found[0] is not layout:
+            kinds: tuple[HeadKind, ...] = ("key", "query")
+            heads = [
+                (kind, at, head)
+                for at, layer in enumerate(layout.layers if self._asked else ())
+                for kind in kinds
+                for head in range(layer.heads(kind))
+                if any(fnmatchcase(head_label(layer.index, kind, head), glob) for glob in self._asked)
+            ]
+            self._found = layout, heads
+        return self._found[1]
 
 
 def sample_metrics(

@@ -149,7 +149,9 @@ class IncoherenceMonitor(Steering):
                 )
                 return
             self._timed("judging a sample", self._pipeline.take_up)
-            self._timed("keeping the coverage", lambda: self._dashboard.keep_coverage(self.coverage, self.samples))
+            self._timed(
+                "keeping the coverage", lambda: self._dashboard.keep_coverage(self.coverage, self._pipeline.samples)
+            )
             self._pipeline.prepare(self._tell)
             self._timed("beginning a sample", lambda: self._open(step))
             if self.config.probe is not None:
@@ -206,7 +208,7 @@ class IncoherenceMonitor(Steering):
         if not self._armed:
             return
         # Compiled code must not ask what changes from sample to sample: it would be compiled again.
-        first = not torch.compiler.is_compiling() and self.samples == 0 and not self._pipeline.in_flight
+        first = not torch.compiler.is_compiling() and self._pipeline.samples == 0 and not self._pipeline.in_flight
         if first and not (self._world_size > 1 and query.shape[0] == 0):
             check_shapes(query, key, valid, starts, value=value)
         given: dict[str, Any] = {"value": value, "scale": scale, "valid": valid, "starts": starts, "causal": causal}
@@ -235,8 +237,8 @@ class IncoherenceMonitor(Steering):
 
     @property
     def samples(self) -> int:
-        """Number of samples taken and judged."""
-        return self._pipeline.samples
+        """Number of samples taken, with the one that waits to be judged."""
+        return self._pipeline.samples + self._pipeline.in_flight + (self._open_step is not None)
 
     @property
     def alerts(self) -> list[Alert]:

@@ -110,6 +110,38 @@ def test_a_storm_leaves_a_bounded_number_of_names():
     assert set(again) <= names
 
 
+def test_heads_asked_for_are_charted_in_every_sample():
+    tracker = InMemoryTracker()
+    config = MonitorConfig(window=32, chart_heads=["L00/KV02", "L02/KV*"])
+    with IncoherenceMonitor(every=1, config=config, trackers=[tracker]) as monitor:
+        drive(monitor, range(60), change=grow_one_head, key_heads=4)
+    asked = {"L00/KV02", "L02/KV00", "L02/KV01", "L02/KV02", "L02/KV03"}
+    for step, metrics in tracker.metrics:
+        charted = {"/".join(name.split("/")[1:3]) for name in metrics if name.startswith("incoherence/L")}
+        assert charted == asked if step < monitor.alerts[0].step else charted > asked
+        assert metrics["incoherence/L02/KV03/key_norm"] > 0
+
+
+def test_heads_asked_for_come_before_those_of_a_storm():
+    layout, every = big()
+    asked = [("key", 3, 2), ("query", 3, 2)]
+    charted = Charted(["L03/KV02", "L03/Q02"])
+    for at in range(0, len(every), 1000):
+        now = charted.choose(layout, every[at : at + 1000])
+        assert now[:2] == asked
+        assert len(now) == len(set(now)) <= HEADS_CHARTED
+    assert len(Charted(["L03/KV02"]).choose(layout, every)) == HEADS_CHARTED
+    assert len(Charted(["L0*"]).choose(layout, every)) == HEADS_CHARTED
+
+
+@pytest.mark.parametrize(("asked", "told"), [("L07/*", "charts none"), ("*", "names 54 heads, of which the first 32")])
+def test_heads_asked_for_that_are_not_there_or_too_many_are_told(asked, told, caplog):
+    config = MonitorConfig(window=32, chart_heads=[asked])
+    with IncoherenceMonitor(every=1, config=config, trackers=[InMemoryTracker()]) as monitor:
+        drive(monitor, range(3), heads=12, key_heads=6)
+    assert caplog.text.count(told) == 1
+
+
 def test_the_table_names_the_worst_of_a_storm_first():
     layout, every = big()
     evidence = np.random.default_rng(1).normal(size=layout.size)

@@ -54,13 +54,13 @@ def test_samples_by_step_alone():
 
 
 def test_a_sample_is_judged_when_the_next_begins_or_at_flush():
-    monitor = IncoherenceMonitor(every=2, config=CONFIG)
+    monitor = IncoherenceMonitor(every=2, config=CONFIG, trackers=[judged := InMemoryTracker()])
     drive(monitor, [0, 1])
-    assert monitor.samples == 0
+    assert (monitor.samples, len(judged.metrics)) == (1, 0)
     drive(monitor, [2])
-    assert monitor.samples == 1
+    assert (monitor.samples, len(judged.metrics)) == (2, 1)
     monitor.flush()
-    assert monitor.samples == 2
+    assert (monitor.samples, len(judged.metrics)) == (2, 2)
 
 
 def test_latest_is_head_statistics_of_what_was_observed():

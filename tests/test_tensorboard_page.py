@@ -112,7 +112,12 @@ def test_the_page_lays_out_what_matters_first(page, dark):
     wait_for(
         driver,
         address + f"?darkMode={dark}#custom_scalars",
-        ["Is attention healthy?", "All heads: median, lowest and highest", "Heads under alert", "energy scale (nats)"],
+        [
+            "Is attention healthy?",
+            "All heads: median, lowest and highest",
+            "Heads under alert or asked for",
+            "energy scale (nats)",
+        ],
     )
     titles = driver.execute_script(CHART_TITLES)
     assert titles[0][1].startswith("worst head")

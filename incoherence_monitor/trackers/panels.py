@@ -71,6 +71,6 @@ def sections(statistics: Iterable[Statistic]) -> tuple[Section, ...]:
     return (
         Section("Is attention healthy?", overview),
         Section("All heads: median, lowest and highest", bands),
-        Section("Heads under alert", heads),
+        Section("Heads under alert or asked for", heads),
         Section("What the monitor costs", cost),
     )
