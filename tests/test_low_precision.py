@@ -25,9 +25,10 @@ def _leave_no_trace():
 
 
 def test_from_a_family_to_a_table():
-    family = low_precision.family("gqa", 5000, healthy=15, fork=5, followed=10, offs=(0.0, 0.9))
-    assert family["twin"]["samples"] == 3
+    family = low_precision.family("gqa", 5000, healthy=40, fork=5, followed=10, offs=(0.0, 0.9))
+    assert family["twin"]["samples"] == 8
     assert family["twin"]["alerts"] == []
+    assert family["twin"]["last loss"] < family["twin"]["first loss"] - 0.5, "it learns"
     assert len(family["faults"]) == 8
     for fault in family["faults"]:
         assert fault["failures"] == {}

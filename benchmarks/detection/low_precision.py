@@ -24,6 +24,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from torch import Tensor
 
 from benchmarks import results_file
 from incoherence_monitor import Alert, IncoherenceMonitor
@@ -33,12 +34,32 @@ from .models import KINDS
 from .runs import monitor_config
 from .training import FORK_STEP, SAMPLE_EVERY, STEPS, Injector, Training
 
-MODELS = ("learned", "gqa", "qknorm", "sliding")
-FIRST_SEED = 5000
-FOLLOWED = 160
+MODELS = ("learned", "gqa", "qknorm")
+FIRST_SEED = 5010
+FOLLOWED = 120
 OFFS = (0.3, 0.1, 0.03, 0.01, 0.003)
 SCOPES = ("all", "layer")
 ERRORS = ("proportional", "one-sided")
+ATTENTION = "attention_with_biased_delta_in_bfloat16"
+
+
+def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **given: Any) -> tuple[Tensor, None]:
+    """All in bfloat16, as sdpa has it under autocast."""
+    return biased_attention.attend(module, query.bfloat16(), key.bfloat16(), value.bfloat16(), mask, **given)
+
+
+def in_bfloat16(training: Training) -> Training:
+    """Let every forward of the model run under autocast, with an attention whose backward can be off."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(ATTENTION, attend)
+    AttentionMaskInterface.register(ATTENTION, eager_mask)
+    model: Any = training.model
+    model.set_attn_implementation(ATTENTION)
+    # A context of its own for each forward: weights that have been cast once are kept until it ends.
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    return training
 
 
 def watch(training: Training) -> IncoherenceMonitor:
@@ -47,9 +68,8 @@ def watch(training: Training) -> IncoherenceMonitor:
 
 
 def train(training: Training, monitor: IncoherenceMonitor, steps: int) -> list[float]:
-    """Train under autocast; the losses."""
-    with torch.autocast("cpu", torch.bfloat16):
-        return [training.advance(monitor, None, Injector()) for _ in range(steps)]
+    """Train for some steps; the losses."""
+    return [training.advance(monitor, None, Injector()) for _ in range(steps)]
 
 
 def residual(monitor: IncoherenceMonitor, first: int, layers: list[int]) -> float:
@@ -82,20 +102,21 @@ def family(model: str, seed: int, *, healthy: int, fork: int, followed: int, off
     """
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    kind, name = KINDS[model], biased_attention.register()
+    kind = KINDS[model]
     rate = kind.learning_rates[seed % 3]
     biased_attention.OFF.clear()
-    training: Any = Training(kind, seed, rate)
-    training.model.set_attn_implementation(name)
+    training = in_bfloat16(Training(kind, seed, rate))
     with tempfile.TemporaryDirectory() as folder:
         snapshot = Path(folder) / "snapshot.pt"
         with watch(training) as monitor:
-            train(training, monitor, fork)
+            losses = train(training, monitor, fork)
             torch.save(training.snapshot(), snapshot)
             state = copy.deepcopy(monitor.state_dict())
-            train(training, monitor, healthy - fork)
+            losses += train(training, monitor, healthy - fork)
         run = {"model": model, "seed": seed, "rate": rate, "samples": monitor.samples}
         twin = run | {
+            "first loss": losses[0],
+            "last loss": losses[-1],
             "alerts": told(monitor.alerts, 0),
             "residual": residual(monitor, fork, list(range(kind.layers))),
         }
@@ -105,8 +126,7 @@ def family(model: str, seed: int, *, healthy: int, fork: int, followed: int, off
                 for at, off in enumerate(offs):
                     # Layers in turn, so that none is left out.
                     layers = list(range(kind.layers)) if scope == "all" else [(seed + at) % kind.layers]
-                    broken: Any = Training.restore(snapshot)
-                    broken.model.set_attn_implementation(name)
+                    broken = in_bfloat16(Training.restore(snapshot))
                     biased_attention.OFF.update(dict.fromkeys(layers, off))
                     biased_attention.ONE_SIDED[0] = error == "one-sided"
                     with watch(broken) as monitor:
