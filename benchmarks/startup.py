@@ -3,7 +3,8 @@
     python benchmarks/startup.py [--imports 15] [--shape llama-5m] [--device cuda]
 
 Everything runs in fresh interpreters, one after the other. Imports are interleaved: `import torch` alone, and torch
-followed by the package, whose own part is timed within; medians. The first sampled step is held against the second,
+followed by the package, whose own part is timed within; medians. Python may collect garbage while it imports, torch's
+among it, which is told apart. The first sampled step is held against the second,
 compiled models against the same without a monitor. On a GPU Triton's kernels are compiled at the first sampled step,
 with an empty cache and again with the one that this left behind.
 """
@@ -29,16 +30,18 @@ LATER = ("transformers", "wandb", "tensorboard", "matplotlib", "pandas", "pyarro
 """Packages that importing this one must not import, unless torch does."""
 
 IMPORT = """
-import json, sys, time
+import gc, json, sys, time
 start = time.perf_counter(), time.process_time()
 import torch
 middle = time.perf_counter(), time.process_time()
-before = set(sys.modules)
+before, collections = set(sys.modules), []
+gc.callbacks.append(lambda *_: collections.append(time.perf_counter()))
 {then}
 end = time.perf_counter(), time.process_time()
 print(json.dumps({{
     "torch wall": middle[0] - start[0], "torch process": middle[1] - start[1],
     "then wall": end[0] - middle[0], "then process": end[1] - middle[1],
+    "collecting": sum(collections[1::2]) - sum(collections[::2]),
     "brought": sorted({{name.split(".")[0] for name in set(sys.modules) - before}}),
 }}))
 """
@@ -74,6 +77,7 @@ def imports(number: int) -> dict[str, Any]:
         "torch alone, wall s": torch_alone,
         "beyond torch, wall s": medians["wall"],
         "beyond torch, process s": medians["process"],
+        "of which collecting garbage, wall s": statistics.median(one["collecting"] for one in ours),
         "difference of the whole, wall s": both - torch_alone,
         "fastest beyond torch, wall s": min(one["then wall"] for one in ours),
         "imported though not used": [name for name in LATER if name in ours[0]["brought"]],
