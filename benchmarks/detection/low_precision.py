@@ -2,8 +2,8 @@
 
 The fault bench breaks float32 runs. Here small models train under bfloat16 autocast; at step 300 the delta of the
 attention backward goes off by a share of its size, of either sign with delta (proportional) or of one sign, as in
-arXiv 2510.04212. Forward and data are those of a twin that trains on. Default settings; a sample every 5 steps;
-baselines come with the snapshot, as on a resume. Nothing in the detector was chosen on these runs.
+arXiv 2510.04212. Forward and data are those of a twin that trains on. The settings of the fault bench, a sample every
+5 steps; baselines come with the snapshot, as on a resume. Nothing in the detector was chosen on these runs.
 
     python -m benchmarks.detection.low_precision
 """
@@ -187,6 +187,29 @@ def rows(families: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return result
 
 
+def page(families: list[dict[str, Any]], followed: int) -> list[str]:
+    """The results in Markdown.
+
+    Args:
+        families: as `family` returns them.
+        followed: steps of each fault.
+    """
+    twins = [each["twin"] for each in families]
+    told_of = [alert["statistic"] for twin in twins for alert in twin["alerts"]]
+    models, seeds = (sorted({twin[name] for twin in twins}) for name in ("model", "seed"))
+    return [
+        f"bfloat16 autocast on a CPU; models {', '.join(models)}, seeds {', '.join(map(str, seeds))}. "
+        "Default settings, but that `logit_max` and `attention_entropy` are judged as well. Alerts in "
+        f"{sum(twin['samples'] for twin in twins):,} samples of the {len(twins)} healthy twins: {len(told_of)}"
+        f"{''.join(f', of {name}' for name in told_of)}. "
+        f"Each fault is followed for {followed // SAMPLE_EVERY} samples. "
+        "'Told' counts alerts of a broken layer, of a head of it or of the model; a delay of 0 is the first broken "
+        "sample. The residual is a median over samples and heads of the broken layers; its bound in bfloat16 is 0.02.",
+        "",
+        *results_file.table(rows(families)),
+    ]
+
+
 def main() -> None:
     """Train all families and write both files."""
     parser = results_file.arguments(__doc__)
@@ -205,20 +228,8 @@ def main() -> None:
             for at in range(given.seeds) for model in given.models
         ]  # fmt: skip
         families = [each.result() for each in begun]
-    twins = [each["twin"] for each in families]
-    false = [alert for twin in twins for alert in twin["alerts"]]
-    lines = [
-        f"bfloat16 autocast on a CPU; {', '.join(given.models)}, seeds from {FIRST_SEED} on, {given.seeds} of each. "
-        f"In {sum(twin['samples'] for twin in twins):,} samples of the {len(twins)} healthy twins {len(false)} alerts "
-        f"were told{': ' if false else ''}{', '.join(alert['statistic'] for alert in false)}. "
-        f"Each fault is followed for {followed // SAMPLE_EVERY} samples. 'Told' is what a user is told at the defaults "
-        "of a broken layer, of a head of it or of the model; a delay of 0 is the first broken sample. The residual is "
-        "a median over heads of the broken layers.",
-        "",
-        *results_file.table(rows(families)),
-    ]
     text = results_file.write(
-        given.out, "low_precision", title="A biased attention backward in bfloat16", lines=lines,
+        given.out, "low_precision", title="A biased attention backward in bfloat16", lines=page(families, followed),
         content={"families": families}, packages=("transformers", "numpy"),
     )  # fmt: skip
     print(text)
