@@ -149,9 +149,7 @@ class IncoherenceMonitor(Steering):
                 )
                 return
             self._timed("judging a sample", self._pipeline.take_up)
-            self._timed(
-                "keeping the coverage", lambda: self._dashboard.keep_coverage(self.coverage, self._pipeline.samples)
-            )
+            self._timed("keeping the coverage", lambda: self._dashboard.keep_coverage(self.coverage, self.samples))
             self._pipeline.prepare(self._tell)
             self._timed("beginning a sample", lambda: self._open(step))
             if self.config.probe is not None:

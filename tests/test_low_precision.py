@@ -25,10 +25,9 @@ def _leave_no_trace():
 
 
 def test_from_a_family_to_a_table():
-    family = low_precision.family("gqa", 5000, healthy=40, fork=5, followed=10, offs=(0.0, 0.9))
-    assert family["twin"]["samples"] == 8
+    family = low_precision.family("gqa", 5000, healthy=15, fork=5, followed=10, offs=(0.0, 0.9))
+    assert family["twin"]["samples"] == 3
     assert family["twin"]["alerts"] == []
-    assert family["twin"]["last loss"] < family["twin"]["first loss"] - 0.5, "it learns"
     assert len(family["faults"]) == 8
     for fault in family["faults"]:
         assert fault["failures"] == {}
@@ -44,6 +43,12 @@ def test_from_a_family_to_a_table():
         assert row["told"] == ("1 of 1" if row["off"] else "0 of 1")
         assert row["by the residual"] == row["at the first sample"] == row["critical"] == (row["off"] > 0)
         assert row["alerts elsewhere"] == 0
+
+
+def test_weights_are_cast_anew_in_every_step():
+    """What autocast has cast once it keeps: a model that trained on in one context would not learn."""
+    twin = low_precision.family("gqa", 5000, healthy=40, fork=5, followed=5, offs=())["twin"]
+    assert twin["last loss"] < twin["first loss"] - 1
 
 
 @pytest.mark.parametrize(
