@@ -332,7 +332,7 @@ def faulty(rank, world, folder, fault):
         here[0] = here[2] = None
     if rank == 1 and fault == "capture":
         receive = monitor._sampler.receive
-        monitor._sampler.receive = lambda *given: receive(*given) if monitor.samples > 1 else 1 / 0
+        monitor._sampler.receive = lambda *given: receive(*given) if monitor.samples > 2 else 1 / 0
     if rank == 1 and fault == "holding":
         monitor._tell = lambda: 1 / 0
     train(watched, here, monitor, lr=0.0)
