@@ -41,10 +41,9 @@ def commands(shape: str, out: Path, *, quick: bool) -> dict[str, list[str]]:
     """Every part that is a command of its own, by name."""
     python = [sys.executable]
     gpu = ["--device", "cuda", "--out", str(out)]
-    sanitizer = shutil.which(SANITIZER) or SANITIZER
     check = [*python, "benchmarks/kernels_check.py"]
     found = {"kernels": [*check, "--json", str(out / "kernels.json")]}
-    found["kernels under compute-sanitizer"] = [sanitizer, "--error-exitcode", "1", *check, "--tiny"]
+    found["kernels under compute-sanitizer"] = [SANITIZER, "--error-exitcode", "1", *check, "--tiny"]
     found["shift residual"] = [*python, "benchmarks/shift_residual.py", *gpu, "--samples", "4" if quick else "64"]
     rounds = "2" if quick else "20"
     found["overhead"] = [
@@ -66,7 +65,7 @@ def run(command: list[str], log: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": path}
     if shutil.which(command[0]) is None:
         return f"not checked: {command[0]} is not on PATH"
-    if Path(command[0]).name == SANITIZER:
+    if command[0] == SANITIZER:
         # Blocks of torch's cache hold several tensors: a read beyond one of them would go unseen.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     with log.open("w") as output:

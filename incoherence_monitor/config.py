@@ -37,7 +37,7 @@ class MonitorConfig:
         include: globs of layer names to watch.
         exclude: globs of layer names to leave out; wins over `include`.
         chart_heads: globs of heads by their names on dashboards, such as "L03/KV02" or "L03/*", that have charts of
-            their own in every sample; at most 32 heads have. Heads under alert have them anyway.
+            their own in every sample. Heads under alert have charts too, as far as the 32 of a sample go round.
         seed: seed of the monitor's own generator, which draws window offsets.
         probe: a fixed batch to measure on instead of the live one: the arguments of the model's forward by name, or a
             function that is given the model and runs its forward. Costs that forward in every sample. Recorded by a

@@ -7,6 +7,7 @@ forward, and so the loss of the first step, as they were: `OFF` is that error, a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,11 +60,11 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def register() -> str:
-    """Make it known to transformers; returns the name to give as `attn_implementation`."""
+def register(name: str = NAME, function: Callable[..., Any] = attend) -> str:
+    """Make it, or one built on it, known to transformers; returns the name to give as `attn_implementation`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, eager_mask)
-    return NAME
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, eager_mask)
+    return name

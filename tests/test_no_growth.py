@@ -57,7 +57,7 @@ def run(samples, *, every=1, backend=None, **settings):
     data = batches(4, batch=2, length=32)
     found = []
     with IncoherenceMonitor(model, every=every, config=CONFIG, **settings) as watching:
-        # The first picture falls among the first samples: what hands one on keeps types that it has not met before.
+        # The first picture falls among the first samples: what it sets up is no growth.
         drawn = watching._dashboard._pictures
         drawn._since = pictures.PICTURE_EVERY - FIRST // 2
         for step in range(samples * every):

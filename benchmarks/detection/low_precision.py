@@ -50,20 +50,15 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
 
 def in_bfloat16(training: Training) -> Training:
     """Let every forward of the model run under autocast, with an attention whose backward can be off."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register(ATTENTION, attend)
-    AttentionMaskInterface.register(ATTENTION, eager_mask)
     model: Any = training.model
-    model.set_attn_implementation(ATTENTION)
+    model.set_attn_implementation(biased_attention.register(ATTENTION, attend))
     # A context of its own for each forward: weights that have been cast once are kept until it ends.
     model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     return training
 
 
 def watch(training: Training) -> IncoherenceMonitor:
-    """A monitor of default settings that writes nothing."""
+    """A monitor with the bench's settings that writes nothing."""
     return IncoherenceMonitor(training.model, every=SAMPLE_EVERY, config=monitor_config())
 
 
@@ -98,7 +93,7 @@ def family(model: str, seed: int, *, healthy: int, fork: int, followed: int, off
         offs: errors of delta.
 
     Returns:
-        What was told of each, with the model's number of layers.
+        What was told of the twin and of each fault, and the step of the fork.
     """
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
