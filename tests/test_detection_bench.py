@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.feather as feather
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ pytest.importorskip("benchmarks.detection", reason="benchmarks are not part of t
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from benchmarks.detection import data, faults, models, plan, rounds, runs, signals, training
+from benchmarks.detection import data, faults, models, modulewise, plan, rounds, runs, signals, training
 from incoherence_monitor import History
 
 from .models import OF_CHANGES
@@ -45,6 +47,12 @@ def healthy(model, folder, *, seed=0, steps=20, split="tune"):
     )
     runs.execute(spec, folder)
     return spec
+
+
+def findings(folder):
+    """What pulsegrad has found in a run: steps and detectors."""
+    table = feather.read_table(str(folder / modulewise.FINDINGS_FILE))
+    return list(zip(table["step"].to_pylist(), table["detector"].to_pylist(), strict=True))
 
 
 def fork(parent, what, *, role="fault", severity=0.0, heads=(), scope="one", steps=10):
@@ -222,6 +230,31 @@ def test_data_and_schedule():
         data.tokens("poems")
     assert training.schedule(training.WARMUP) == 1.0
     assert training.schedule(training.STEPS) == pytest.approx(training.LAST_SHARE)
+
+
+def test_pulsegrad_finds_what_it_does_by_itself(tmp_path):
+    """Driven in parts, in a run and in a fork that goes on from it: as `watch` on the same training."""
+    pulsegrad = pytest.importorskip("pulsegrad")
+    parent = replace(healthy("learned", tmp_path, split="held-out"), steps=20)
+    broken = fork(parent, "rate_jump", severity=100.0, scope="all", steps=10)
+    runs.execute(broken, tmp_path)
+    apart = findings(tmp_path / parent.name), findings(tmp_path / broken.name)
+
+    for spec, found in zip((parent, broken), apart, strict=True):
+        whole = training.Training(models.KINDS["learned"], parent.seed, parent.rate)
+        folder = tmp_path / f"watched-{spec.what}"
+        injector = training.Injector()
+        with pulsegrad.watch(whole.model, whole.optimizer, run_dir=folder, k=training.SAMPLE_EVERY, stats_mode="sync"):
+            for step in range(20):
+                if step == spec.start and spec is broken:
+                    injector = runs.injector_of(broken, whole)
+                    injector.start()
+                whole.advance(None, None, injector)
+        (database,) = folder.rglob("*.sqlite*")
+        with sqlite3.connect(database) as connection:
+            known = connection.execute("SELECT first_step - 1, detector FROM findings").fetchall()
+        assert sorted(row for row in known if row[0] >= spec.start) == sorted(found)
+    assert any(step >= START for step, *_ in apart[1]), "a learning rate a hundred times as high is found"
 
 
 @pytest.mark.slow

@@ -5,9 +5,7 @@ statistics, the others on theirs; loss and gradient norm as a model of one head,
 1 is the detector's own threshold; thresholds at matched false alarms are chosen by evaluate.py.
 
 Of the peers, trainscope decides by the loss of every step alone, so that it is driven on the recorded losses exactly as
-it would be in training, once it is installed. pulsegrad can be driven in the same process and leaves training as it
-was, bit for bit (tried), but takes statistics of every module through hooks of every step, a third to a half of a step
-of these models: with it the bench would not end in time. It is not in the table.
+it would be in training, once it is installed. pulsegrad was driven in the same process (see `modulewise`).
 """
 
 from __future__ import annotations
@@ -213,6 +211,15 @@ def trainscope(run: Recorded, past: Past) -> Series:
     return Series((run.by_sample(spikes.astype(np.float64)) > 0).astype(np.float64) * 2, (None,) * len(run.steps))
 
 
+def pulsegrad(run: Recorded, past: Past) -> Series:
+    """The findings of pulsegrad, each where it opened; of the modules that one names there may be many."""
+    if run.findings is None:
+        return Series(np.full(len(run.steps), np.nan), (None,) * len(run.steps))
+    opened = np.zeros(len(run.losses))
+    opened[run.findings] = 1
+    return Series((run.by_sample(opened) > 0).astype(np.float64) * 2, (None,) * len(run.steps))
+
+
 @dataclass(frozen=True)
 class Signal:
     """One row of the comparison.
@@ -230,8 +237,13 @@ class Signal:
     per_head: bool = True
 
 
-def signals(layout: Layout) -> dict[str, Signal]:
-    """The signals that these runs can be asked for, ours first."""
+def signals(layout: Layout, *, findings: bool = False) -> dict[str, Signal]:
+    """The signals that these runs can be asked for, ours first.
+
+    Args:
+        layout: the streams.
+        findings: whether pulsegrad was driven on held-out runs.
+    """
     found = {
         "alerts": Signal("ours, as it comes", fixed=True),
         "critical": Signal("ours, critical alone", fixed=True),
@@ -249,6 +261,8 @@ def signals(layout: Layout) -> dict[str, Signal]:
     found["gradient_norm"] = Signal("gradient norm", gradient_norm, per_head=False)
     if importlib.util.find_spec("trainscope") is not None:
         found["trainscope"] = Signal("trainscope, its defaults", trainscope, fixed=True, per_head=False)
+    if findings:
+        found["pulsegrad"] = Signal("pulsegrad, its defaults", pulsegrad, fixed=True, per_head=False)
     return found
 
 
@@ -279,7 +293,9 @@ def score_run(folder: Path, name: str, past: Past) -> Scored:
     """
     run = load(folder, name)
     series = ours(run, past)
-    series |= {key: one.score(run, past) for key, one in signals(run.layout).items() if one.score is not None}
+    series |= {
+        key: one.score(run, past) for key, one in signals(run.layout, findings=True).items() if one.score is not None
+    }
     if run.spec.role == "healthy" and run.spec.split == "held-out":
         series |= {f"alerts@{every:g}": ours(run, {}, every=every)["alerts"] for every in NOMINAL}
     return Scored(run.spec, run.truth, run.by_sample(run.losses), series)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from incoherence_monitor import History
 from incoherence_monitor.records import Layout
 
+from .modulewise import read_findings
 from .plan import FORKED, RunSpec
 from .rounds import split_of
 from .runs import DONE
@@ -33,6 +34,7 @@ class Recorded:
         losses: [m] loss of every training step from 0.
         gradient_norms: [m] before clipping.
         entropies: [n, layers * query heads] of the update of W_Q^T W_K.
+        findings: training steps at which pulsegrad opened a finding; None if it was not driven.
         right: heads that count as right; empty for healthy runs and events.
     """
 
@@ -43,6 +45,7 @@ class Recorded:
     losses: FloatArray
     gradient_norms: FloatArray
     entropies: FloatArray
+    findings: NDArray[np.int64] | None
     right: frozenset[tuple[str, int, int]]
 
     @cached_property
@@ -93,6 +96,7 @@ def load(folder: Path, name: str) -> Recorded:
     spec, record = specification(folder, name)
     layout = History.open(folder / name).layout
     steps, values, losses, norms, entropies = _read(folder / name, layout)
+    findings = read_findings(folder / name)
     if spec.role in FORKED:
         before = _read(folder / spec.parent, layout)
         early = before[0] < spec.start
@@ -101,8 +105,11 @@ def load(folder: Path, name: str) -> Recorded:
         losses = np.concatenate([before[2][: spec.start], losses])
         norms = np.concatenate([before[3][: spec.start], norms])
         entropies = np.concatenate([before[4][early], entropies])
+        earlier = read_findings(folder / spec.parent)
+        if findings is not None and earlier is not None:
+            findings = np.concatenate([earlier[earlier < spec.start], findings])
     right = frozenset((str(kind), int(layer), int(head)) for kind, layer, head in record.get("right", ()))
-    return Recorded(spec, layout, steps, values, losses, norms, entropies, right)
+    return Recorded(spec, layout, steps, values, losses, norms, entropies, findings, right)
 
 
 def _read(folder: Path, layout: Layout) -> tuple[NDArray[np.int64], FloatArray, FloatArray, FloatArray, FloatArray]:

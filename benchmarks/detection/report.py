@@ -19,6 +19,7 @@ from .compare import score_all, signals
 from .evaluate import evaluate, plain
 from .faults import FAULTS
 from .models import KINDS
+from .modulewise import FINDINGS_FILE
 from .plan import make_plan
 from .recorded import done_runs, load, specification
 from .rounds import DECLARED, FIRST_SEED, LATEST
@@ -44,7 +45,7 @@ def write_report(folder: Path, out: Path, *, workers: int = 2) -> dict[str, Any]
     if not any(spec.role == "healthy" and spec.split == split for spec in specs for split in ("tune", "held-out")):
         raise SystemExit(f"{folder} holds no finished healthy run yet; make them with: {COMMANDS[0]}")
     layout = load(folder, specs[0].name).layout
-    known = signals(layout)
+    known = signals(layout, findings=any((folder / spec.name / FINDINGS_FILE).is_file() for spec in specs))
     # Faults of the tune runs are in no table: rules were chosen on them.
     scored = [spec for spec in specs if spec.split == "held-out" or spec.role != "fault"]
     results = evaluate(score_all(folder, scored, workers=workers), known)

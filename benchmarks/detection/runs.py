@@ -1,11 +1,12 @@
 """One run of the plan: train, record, mark as done.
 
-A run's folder holds `history/` (the monitor's), `signals.arrow` and `entropy.arrow` (comparison signals), snapshots of
-healthy runs, and `run.json`, written last: without it the run is made anew.
+A run's folder holds `history/` (the monitor's), `signals.arrow` and `entropy.arrow` (comparison signals), with a peer
+`pulsegrad.arrow`, snapshots of healthy runs, and `run.json`, written last: without it the run is made anew.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from incoherence_monitor.stats import DEFAULT_ALERTING, STATISTIC_NAMES
 from . import events, faults
 from .data import LENGTH
 from .models import KINDS
+from .modulewise import Pulsegrad
 from .plan import FORKED, RunSpec
 from .signals import Recorder
 from .training import SAMPLE_EVERY, Injector, Training
@@ -45,6 +47,16 @@ def monitor_config() -> MonitorConfig:
 
 def _monitor(training: Training, folder: Path) -> IncoherenceMonitor:
     return IncoherenceMonitor(training.model, every=SAMPLE_EVERY, config=monitor_config(), output_dir=folder)
+
+
+def _peer(spec: RunSpec, training: Training, folder: Path) -> Pulsegrad | None:
+    """pulsegrad, where it is installed: on held-out runs alone, since it has nothing that is tuned."""
+    if spec.split != "held-out" or spec.role == "base" or importlib.util.find_spec("pulsegrad") is None:
+        return None
+    peer = Pulsegrad(training.model, training.optimizer, every=SAMPLE_EVERY)
+    if spec.role in FORKED:
+        peer.restore(folder / spec.parent / f"pulsegrad-{spec.start}.pkl")
+    return peer
 
 
 def injector_of(spec: RunSpec, training: Training) -> Injector:
@@ -86,6 +98,7 @@ def execute(spec: RunSpec, folder: Path) -> dict[str, Any]:
     monitor = recorder = None
     if spec.role != "base":
         monitor, recorder = _monitor(training, own), Recorder(training.kind, training.model)
+    peer = _peer(spec, training, folder)
     injector.start()
     event = events.BY_NAME.get(spec.what)
     resume = spec.start + event.resume_after if event is not None and event.resume_after else -1
@@ -93,16 +106,22 @@ def execute(spec: RunSpec, folder: Path) -> dict[str, Any]:
     for step in range(spec.start, spec.start + spec.steps):
         if step in spec.snapshots:
             torch.save(training.snapshot(), own / f"snapshot-{step}.pt")
+            if peer is not None:
+                peer.save(own / f"pulsegrad-{step}.pkl")
         if step == resume and monitor is not None:
             state = monitor.state_dict()
             monitor.close()
             monitor = _monitor(training, own)
             monitor.load_state_dict(state)
         loss = training.advance(monitor, recorder, injector)
+        if peer is not None:
+            peer.judge(loss, training.optimizer.param_groups[0]["lr"])
     record: dict[str, Any] = {"spec": spec.to_dict(), "last_loss": loss}
     if monitor is not None and recorder is not None:
         monitor.close()
         recorder.write(own)
+        if peer is not None:
+            peer.write(own)
         coverage = monitor.coverage()
         record |= {"alerts": len(monitor.alerts), "failures": {str(k): str(v) for k, v in coverage.failures.items()}}
     else:
