@@ -1,13 +1,13 @@
 """Where the statistics of a call's windows are computed: on its device, in the forward, or by the worker beside it.
 
-On a device the statistics that need no eigenvalues are taken at once, with the small core that holds the others. On a
-CPU the worker takes the eigenvalues while training goes on, and where a core is spare all of it: the same operations on
-the same numbers, wherever they run. It reads queries, keys and values where the model has them if operations in
-autograd's graph made all three: nobody writes over those, since the backward needs them. Else it is given copies of the
-windows, as of parameters, which the optimizer writes over. So with the gradient of keys, which it sums up where that
-is much.
+On a device the kernels read the tokens at once, and what follows is done for several layers together (see `together`);
+without kernels all is computed at once but for eigenvalues. On a CPU the worker takes the eigenvalues while training
+goes on, and where a core is spare all of it: the same operations on the same numbers, wherever they run. It reads
+queries, keys and values where the model has them if operations in autograd's graph made all three: nobody writes over
+those, since the backward needs them. Else it is given copies of the windows, as of parameters, which the optimizer
+writes over. So with the gradient of keys, which it sums up where that is much.
 
-Layer 3: imports aside, ops, sums, windows, yielded, capture.base.
+Layer 3: imports aside, ops, sums, together, windows, yielded, capture.base.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from .capture import AttentionInput
 from .ops import (
     GradientSums,
     Piece,
+    at_hand,
+    begin,
     copied,
     cut_windows,
     gradient_sums,
@@ -34,8 +36,9 @@ from .ops import (
     too_alike,
 )
 from .sums import Part, part_of
+from .together import Together
 from .windows import Selection
-from .yielded import Residuals, to_be_copied
+from .yielded import Residuals
 
 SUMMED_AT_ONCE = 1 << 17
 """Elements of a gradient that are summed sooner than they are handed to the worker."""
@@ -56,9 +59,10 @@ class Computing:
             also: statistics on request.
         """
         self._aside, self._also = aside, also
+        self.together = Together()
         self._written_over: set[str] = set()
 
-    def parts_of(self, given: AttentionInput, chosen: Selection) -> list[Future[list[Part]] | dict[str, Tensor]]:
+    def parts_of(self, given: AttentionInput, chosen: Selection) -> list[Future[list[Part]]]:
         """Begin to compute the statistics of some windows.
 
         Args:
@@ -66,19 +70,23 @@ class Computing:
             chosen: its windows.
 
         Returns:
-            What comes of them, in order: in the making, or by name what lies on the call's device.
+            What comes of them, in order; of windows on a device, once the sample's have been copied to the host.
         """
         settings: dict[str, Any] = {"scale": given.scale, "also": self._also, "causal": given.causal}
         heads: Heads = (given.query, given.key, given.value)
-        if given.query.device.type != "cpu":
-            found = smooth_statistics(*heads[:2], value=heads[2], windows=chosen.windows, **settings)
-            return [to_be_copied(chosen.keep, *found)]
+        if not _on_host(given.query):
+            windows = chosen.windows.on(given.query.device)
+            if at_hand(*heads):
+                begun = begin(*heads[:2], value=heads[2], windows=windows, **settings)
+                return [self.together.add(begun, chosen.keep)]
+            found = smooth_statistics(*heads[:2], value=heads[2], windows=windows, **settings)
+            return [self.together.add_finished(chosen.keep, *found)]
         beside = spare_core()
         if beside and given.lasting:
             take = partial(self._parts_where_they_lie, heads, chosen, settings)
-            begun = self._begin_in_place(given.layer, heads, take)
-            if begun is not None:
-                return [begun]
+            taken = self._begin_in_place(given.layer, heads, take)
+            if taken is not None:
+                return [taken]
         pieces = cut_windows(*heads, windows=chosen.windows)
         if not beside or not self._aside.portion(pieces[0].bytes):
             smooth, core = piece_statistics(pieces, **settings)
@@ -169,6 +177,10 @@ class Computing:
             )
 
         return self._aside.submit(take, borrowed=memory)
+
+
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _stamps(tensors: Sequence[Tensor | None]) -> list[tuple[int, int]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,7 +31,7 @@ from .sums import SampleSums, summarise
 from .transfer import to_host
 from .weighing import Weighing
 from .windows import Place, WindowPlan, choose_window, extend_plan, lengths_of, select_windows
-from .yielded import LayerWindows, unpacked
+from .yielded import LayerWindows
 
 
 class WindowSampler:
@@ -80,6 +79,7 @@ class WindowSampler:
         self.weighing.open(step)
         self._step = step if self.config.probe is None else 0
         self._open, self._seen, self._sealed = {}, {}, False
+        self._computing.together.open()
         self._contexts, self._contexts_before = 0, self._contexts
 
     def left(self) -> bool:
@@ -192,25 +192,25 @@ class WindowSampler:
         self.skipped = +self.skipped
         layout = self._layout_of_all()
         taken = [(layer.info, list(layer.parts), list(layer.residuals), dict(layer.weights)) for layer in held]
-        on_device = [
-            [
-                *(tensor for part in parts if isinstance(part, dict) for tensor in part.values()),
-                *(each for each in residuals if isinstance(each, Tensor)),
-                *weights.values(),
-            ]
-            for _, parts, residuals, weights in taken
+        with torch.no_grad():
+            batches = self._computing.together.seal()
+        on_device = [[*batch.tensors.values()] for batch in batches]
+        on_device += [
+            [*(each for each in residuals if isinstance(each, Tensor)), *weights.values()]
+            for *_, residuals, weights in taken
         ]
         arrived = to_host([tensor for tensors in on_device for tensor in tensors])
 
         def finish() -> SampleSums:
             tensors = iter(arrived())
+            for batch in batches:
+                batch.arrived({name: next(tensors) for name in batch.tensors})
             on_host = []
             for info, parts, residuals, weights in taken:
                 found = []
                 for part in parts:
-                    here = {name: next(tensors) for name in part} if isinstance(part, dict) else {}
                     try:
-                        found += part.result() if isinstance(part, Future) else [unpacked(here)]
+                        found += part.result()
                     except Exception as error:  # Of this layer alone: the others are judged.
                         self.on_error(info.name, error)
                 there = []

@@ -1,4 +1,4 @@
-"""What one layer has yielded in a sample so far: parts on the host, or on a device until the sample is sealed.
+"""What one layer has yielded in a sample so far, and how statistics come from a device to the host.
 
 Layer 3: imports records, sums and transfer.
 """
@@ -27,13 +27,13 @@ class LayerWindows:
 
     Attributes:
         info: the layer.
-        parts: on the host, in the making; or by name what lies on a device.
+        parts: on the host, in the making.
         residuals: of each call, which come with the backward.
         weights: by statistic, [heads], what the projections' weights say; empty where they were not looked at.
     """
 
     info: LayerInfo
-    parts: list[Future[list[Part]] | dict[str, Tensor]] = field(default_factory=list)
+    parts: list[Future[list[Part]]] = field(default_factory=list)
     residuals: list[Residuals] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
 

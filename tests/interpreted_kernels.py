@@ -14,8 +14,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from incoherence_monitor import head_statistics
+from incoherence_monitor import IncoherenceMonitor, MonitorConfig, computing, head_statistics, together
 from incoherence_monitor.ops import Windows, fused, gram, reference, smooth_statistics
+from tests.models import batches, tiny_model, train
 from tests.test_ops import assert_like_reference, full_rank, heads, poisoned_memory, values_for
 
 __all__ = ["poisoned_memory"]
@@ -192,6 +193,89 @@ def test_windows_are_read_where_they_lie():
         torch.testing.assert_close(found[name].double(), slow[name], rtol=1e-4, atol=0)
 
 
+def test_layers_that_are_alike_are_finished_together():
+    """As one by one, bit for bit, whatever the strides and the number of windows of each."""
+    more = {"scale": 0.3, "also": ("logit_max",)}
+    layers = []
+    for seed, count in enumerate((1, 3, 2)):
+        query, key = heads(batch=3, query_heads=4, key_heads=2, length=40, dim=24, dtype=torch.bfloat16, seed=seed)
+        if seed:
+            key = key.transpose(1, 2).contiguous().transpose(1, 2)
+        windows = Windows(torch.arange(count), torch.arange(count) * 2, 33)
+        layers.append(({"value": values_for(key), "windows": windows, **more}, query, key))
+    begun = [fused.begin(query, key, **given) for given, query, key in layers]
+    assert len({each.alike for each in begun}) == 1
+    assert begun[1].bytes == 3 * (2 * (33 * 24 * 2 + 4 * (24 * 24 + 2 * 24 + 4 + 4)) + 4 * 4 * 24 * 24)
+    found, core = fused.finish(begun)
+    alone = [fused.smooth_statistics(query, key, **given) for given, query, key in layers]
+    assert_same(found, {name: torch.cat([each[name] for each, _ in alone]) for name in found})
+    assert torch.equal(core, torch.cat([each for _, each in alone]))
+    for change in ({"scale": 0.4}, {"value": None}, {"also": ()}, {"valid": torch.ones(3, 40, dtype=torch.bool)}):
+        given, query, key = layers[0]
+        assert fused.begin(query, key, **(given | change)).alike != begun[0].alike, change
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch):
+    """Monitors take a CPU for a device, with its kernels; of finished windows, how many calls were finished at once."""
+    monkeypatch.setattr(computing, "_on_host", lambda tensor: False)
+    monkeypatch.setattr(computing, "at_hand", lambda *tensors: True)
+    counts, whole = [], fused.finish
+
+    def counted(begun):
+        counts.append(len(begun))
+        return whole(begun)
+
+    monkeypatch.setattr(together, "finish", counted)
+    return counts
+
+
+def watched_run(model, inputs):
+    monitor = IncoherenceMonitor(model, every=1, config=MonitorConfig(window=16, windows_per_sample=2))
+    train(model, inputs, monitor=monitor)
+    monitor.flush()
+    return monitor
+
+
+def test_a_monitor_finishes_all_layers_together(as_on_a_device, monkeypatch):
+    """One batch a sample, as on a CPU up to rounding; where much would be held, more of them and the same numbers."""
+    pytest.importorskip("transformers")
+    inputs = batches(2, length=20)
+    monitor = watched_run(tiny_model("llama", attention="sdpa"), inputs)
+    layers = len(monitor.history.layout.layers)
+    assert layers > 1
+    assert as_on_a_device == [layers] * 2
+    assert not monitor.coverage().failures
+    as_on_a_device.clear()
+    monkeypatch.setattr(together, "HELD", 1)
+    often = watched_run(tiny_model("llama", attention="sdpa"), inputs)
+    assert as_on_a_device == [1] * 2 * layers
+    monkeypatch.undo()
+    here = watched_run(tiny_model("llama", attention="sdpa"), inputs)
+    for name in here.history.statistics:
+        found, again, known = (each.history.values(name) for each in (monitor, often, here))
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(again), rtol=0, atol=0, equal_nan=True, msg=name)
+        torch.testing.assert_close(
+            torch.tensor(found), torch.tensor(known), rtol=1e-3, atol=0, equal_nan=True, msg=name
+        )
+
+
+@pytest.mark.parametrize("where", ["finish", "unpacked"])
+def test_windows_that_cannot_be_finished_are_told_and_training_goes_on(as_on_a_device, monkeypatch, where):
+    pytest.importorskip("transformers")
+
+    def fail(*given):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(together, where, fail)
+    monitor = watched_run(tiny_model("llama", attention="sdpa"), batches(2, length=20))
+    assert sum(monitor.coverage().failures.values()) >= 2
+    assert monitor.samples == 2
+    values = monitor.history.values("key_norm")
+    assert len(values) == 2
+    assert math.isnan(values.max())
+
+
 # Identities of METRICS.md, on any input.
 
 cases = st.builds(
@@ -267,16 +351,19 @@ def test_every_statistic_is_in_its_range(case):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_operator_is_sound(masked):
+def test_the_operators_are_sound(masked):
     query, key = heads(batch=2, query_heads=2, key_heads=1, length=9, dim=6)
     key = key.transpose(1, 2).contiguous().transpose(1, 2)
     windows = (torch.tensor([1]), torch.tensor([2]), 7)
     valid = torch.rand(2, 9) > 0.2 if masked else None
-    arguments = (query, key, None if masked else values_for(key), valid, *windows, 0.3)
-    torch.library.opcheck(fused.window_statistics, arguments)
+    arguments = (query, key, None if masked else values_for(key), valid, *windows)
+    torch.library.opcheck(fused.window_sums, arguments)
+    begun = fused.begin(*arguments[:2], value=arguments[2], valid=valid, windows=Windows(*windows), scale=0.3)
+    sums = begun.sums if len(begun.sums) == 5 else (*begun.sums, None)
+    torch.library.opcheck(fused.window_statistics, (begun.keys, begun.valid, *sums, begun.scale))
 
 
-def test_compiled_code_takes_the_operator_whole():
+def test_compiled_code_takes_the_operators_whole():
     query, key = heads(length=33, dim=16)
     seen = []
 
@@ -292,7 +379,7 @@ def test_compiled_code_takes_the_operator_whole():
     expected, expected_core = compute(query, key)
     assert_same(found, expected)
     assert torch.equal(core, expected_core)
-    assert sum("window_statistics" in name for name in seen) == 1
+    assert [sum(name in target for target in seen) for name in ("window_sums", "window_statistics")] == [1, 1]
     torch.compiler.reset()
 
 

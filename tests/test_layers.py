@@ -31,7 +31,8 @@ LAYERS = [
         "alerts",
     }
     | {"commands", "causes", "episodes", "loss"},
-    {"aside", "windows", "shares", "capture", "sums", "keeping", "yielded", "weighing", "computing"}
+    {"aside", "windows", "shares", "capture", "sums", "keeping", "yielded", "together"}
+    | {"weighing", "computing"}
     | {"sampling", "sharding", "agreement", "distributed"}
     | {"trackers", "attempts", "history", "notebook", "judge", "figures", "field", "inbox"},
     {"metrics", "pictures", "dashboard", "pipeline", "state", "watching", "monitor", "replay", "steering"},
@@ -57,7 +58,8 @@ SIDEWAYS = {
     "keeping": {"windows", "capture"},
     "yielded": {"sums"},
     "weighing": {"capture", "yielded"},
-    "computing": {"aside", "capture", "sums", "windows", "yielded"},
+    "together": {"sums", "yielded"},
+    "computing": {"aside", "capture", "sums", "together", "windows", "yielded"},
     "sampling": {"aside", "capture", "computing", "keeping", "shares", "sums", "weighing", "windows", "yielded"},
     "agreement": {"windows", "sums"},
     "distributed": {"windows", "agreement", "capture", "sampling", "sharding", "sums"},

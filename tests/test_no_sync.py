@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from incoherence_monitor import head_statistics
-from incoherence_monitor.ops import Windows, fused, gram, launch, shift_residual, smooth_statistics
+from incoherence_monitor.ops import Windows, fused, gram, launch, operators, shift_residual, smooth_statistics
 from incoherence_monitor.windows import select_windows
 from incoherence_monitor.yielded import to_be_copied
 
@@ -46,14 +46,17 @@ def launched(request, monkeypatch):
     """Watches either path; the kernels launched, which hold nothing that a host could wait for, are put down."""
     kernels = []
     monkeypatch.setattr(gram, "at_hand", lambda *tensors: request.param == "fused")
-    for room in (launch, fused):
+    for room in (launch, operators):
         monkeypatch.setattr(room, "launch", lambda kernel, *arguments, **more: kernels.append(kernel))
-    # Past the operator, into what it does.
-    monkeypatch.setattr(
-        fused,
-        "window_statistics",
-        lambda *given: fused.compute(*given[:4], Windows(*given[4:7]), given[7]),
-    )
+
+    def sums(query, key, value, valid, *windows):
+        room = operators._room_for_sums(query, key, value, Windows(*windows))
+        operators.compute_sums(query, key, value, valid, Windows(*windows), room)
+        return room
+
+    # Past the operators, into what they do.
+    monkeypatch.setattr(fused, "window_sums", sums)
+    monkeypatch.setattr(fused, "window_statistics", operators.compute)
     with Watch():
         yield kernels if request.param == "fused" else None
 

@@ -43,7 +43,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from incoherence_monitor.ops import kernels
 
-KINDS = {"x": "*bf16", "valid": "*u8", "rows": "*i64", "starts": "*i64", "ridge": "fp32", "core": "*fp64"}
+KINDS = dict(x="*bf16", copy="*bf16", valid="*u8", rows="*i64", starts="*i64", ridge="fp32", core="*fp64")
 SINGLE = "gram mean norms matrix out values leverage query_gram key_gram columns core_out".split()
 
 def build(name, capability, *, wide=(), **fixed):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from .fused import Begun, begin, finish
 from .gram import head_statistics, piece_statistics, smooth_statistics
+from .launch import at_hand
 from .pieces import Piece, copied, cut_windows
 from .reference import energy_field
 from .shapes import Windows, check_shapes
@@ -12,14 +14,18 @@ from .updates import change_statistics, sampled_entries, smallest_ratio
 from .weights import interaction_rank, weight_statistics
 
 __all__ = [
+    "Begun",
     "GradientSums",
     "Piece",
     "Windows",
+    "at_hand",
+    "begin",
     "change_statistics",
     "check_shapes",
     "copied",
     "cut_windows",
     "energy_field",
+    "finish",
     "gradient_sums",
     "head_statistics",
     "interaction_rank",

@@ -1,6 +1,6 @@
 """The Triton kernels that read keys a second time, less their mean, to hold each against a matrix.
 
-Legend as in `tokens`; the window has just been read, and comes out of the cache.
+Legend as in `tokens`. They read the windows that its kernel has put aside, those of all layers in one launch.
 
 Layer 1: imports triton, matrices and tokens.
 """

@@ -1,8 +1,9 @@
 """The Triton kernels that sum over tokens, and how tokens are read: one program per window and head.
 
 They read the model's own tensors, [B, H, L, d] in any strides, at windows given by a row and a first token each, and
-write small float32 arrays. Products are taken in float32 ("ieee", so that TF32 never enters), or on the tensor cores
-where the input's own half precision makes them exact; sums are float32. Addresses are 64 bits wide.
+write small float32 arrays; of the keys the windows too, which are read again when the sample is complete. Products are
+taken in float32 ("ieee", so that TF32 never enters), or on the tensor cores where the input's own half precision makes
+them exact; sums are float32. Addresses are 64 bits wide.
 
 Legend: N windows, H heads, W tokens of a window, D head dimension; a head is cut in TILES tiles of TILE channels.
 
@@ -109,6 +110,7 @@ def gram_kernel(
     gram,  # [N, H, D, D]
     mean,  # [N, H, 2, D]: the mean's leading part and its remainder; written if CENTRED, as is norms
     norms,  # [N, H, 4] as of norms_kernel
+    copy,  # [N, H, W, D] of x's dtype: the window itself, zero where a token does not count; likewise
     window,
     heads,
     dim,
@@ -172,6 +174,10 @@ def gram_kernel(
         if CENTRED:
             centred_i = tl.where(keep[:, None], values_i.to(tl.float32) - leading_i[None, :], 0.0)
             total_i += tl.sum(centred_i, axis=0)
+            if tile_i == tile_j:
+                channel = tile_i * TILE + tl.arange(0, TILE).to(tl.int64)
+                place = (at * window + token[:, None]) * dim + channel[None, :]
+                tl.store(copy + place, values_i, mask=(token < window)[:, None] & (channel < dim)[None, :])
             centred_j = centred_i
             if TILES > 1:
                 centred_j = tl.where(keep[:, None], values_j.to(tl.float32) - leading_j[None, :], 0.0)
