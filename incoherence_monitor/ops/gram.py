@@ -9,28 +9,24 @@ work on all windows at once takes five times as long. What is as small as d x d 
 Legend of shape suffixes: B windows, G key heads, R query heads per key head, Q = G * R query heads, L tokens,
 D head dimension, N windows of one piece.
 
-Layer 1: imports numpy, torch, errors, constants, fused, launch, logits, passes, pieces, quotients, shapes and
-spectra.
+Layer 1: imports torch, errors, constants, fused, launch, logits, passes, pieces, shapes and spectra.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import SettingError
 from . import fused
-from .constants import KEY_STATISTICS, QUERY_STATISTICS
+from .constants import KEY_STATISTICS, KEYS_EQUAL_BELOW, QUERY_STATISTICS
 from .launch import at_hand
 from .logits import ON_REQUEST
 from .passes import first_pass, room_for, second_pass
 from .pieces import Piece, cut_windows, value_lengths
-from .quotients import Summed, energy_forms, quiet, quotients, traces
-from .shapes import ELEMENTS_HELD, ELEMENTS_IN_CACHE, Windows, at_hand_here, check_shapes, without_autograd
+from .shapes import ELEMENTS_HELD, ELEMENTS_IN_CACHE, Windows, check_shapes, without_autograd
 from .spectra import cholesky_factor, spectral_statistics
 
 
@@ -111,70 +107,81 @@ def piece_statistics(
     with without_autograd(windows[0].key):
         parts = [_of_group(group, scale=scale, also=also, causal=causal) for group in groups]
     # Heads of a window follow each other, as do windows.
-    of_keys, of_queries, core = (
-        _joined(each, dim) for each, dim in zip(zip(*parts, strict=True), (1, 1, 0), strict=True)
-    )
+    key_parts, query_parts, cores = zip(*parts, strict=True)
+    of_keys, of_queries, core = torch.cat(key_parts, dim=1), torch.cat(query_parts, dim=1), torch.cat(cores)
     values = (*of_keys.view(len(of_keys), number, -1).unbind(), *of_queries.view(len(of_queries), number, -1).unbind())
     names = (*KEY_STATISTICS[: len(of_keys)], *QUERY_STATISTICS, *also)
     return dict(zip(names, values, strict=True)), core.view(number, -1, *core.shape[-2:])
 
 
-def _joined(parts: Sequence[Any], dim: int) -> Tensor:
-    """Arrays of numpy or tensors as one tensor."""
-    tensors = [torch.from_numpy(each) if isinstance(each, np.ndarray) else each for each in parts]
-    return torch.cat(tensors, dim=dim) if len(tensors) > 1 else tensors[0]
-
-
 def _of_group(
     pieces: Sequence[Piece], *, scale: float, also: Collection[str], causal: bool | Tensor
-) -> tuple[Any, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`piece_statistics` of pieces that are held together.
 
     Returns:
         Statistics of keys, the last of them if there are values, [S, B, G, 1]; of queries, and `also`, [S, B, G, R];
-        the core [B, G, R, D, D]. All float32, on the host in numpy.
+        the core [B, G, R, D, D]. All float32.
     """
     sums, of_pieces, room_NGTD = room_for(pieces)
     pairs = [
         first_pass(piece, part, room_NGTD, scale=scale, also=also, causal=causal)
         for piece, part in zip(pieces, of_pieces, strict=True)
     ]
-    count: Any = sums.keys.shape[2]
+    length, dim = sums.keys.shape[2:]
+    # Of keys, then of each member's queries.
+    rows, sizes = [1, sums.grams.shape[2] - 1], [len(piece.key) for piece in pieces]
+    count_B11: float | Tensor = length
     if pieces[0].valid is not None:
-        count = torch.cat([piece.valid for piece in pieces if piece.valid is not None]).sum(dim=1)[:, None, None]
+        count_B11 = torch.cat([piece.valid for piece in pieces if piece.valid is not None]).sum(dim=1)[:, None, None]
 
     # With A = Q^T Q and B = Kc^T Kc = C C^T: sum sigma^2 = s^2 tr(AB), sum sigma^4 = s^4 tr(ABAB), column j of E has
-    # energy s^2 kc_j^T A kc_j (METRICS.md), and C^T A C has the eigenvalues of AB.
-    here, members, dim = at_hand_here(sums.keys), sums.grams.shape[2] - 1, sums.keys.shape[3]
-
-    def small(tensor: Any) -> Any:
-        return tensor.numpy() if here and isinstance(tensor, Tensor) else tensor
-
-    def large(array: Any) -> Tensor:
-        return torch.from_numpy(array) if here else array
-
+    # energy s^2 kc_j^T A kc_j (METRICS.md), and C^T A C has the eigenvalues of AB. A is divided by the traces of both:
+    # ranks and shares do not depend on scale.
+    key_gram_BG1DD, query_gram_BGRDD = sums.grams.split_with_sizes(rows, dim=2)
+    trace_BGX = sums.grams.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
     norm_BGX = torch.linalg.vector_norm(sums.grams, dim=(-2, -1))
-    factor_BG1DD = cholesky_factor(sums.grams[:, :, :1], norm_BGX[:, :, :1])
-    with quiet():
-        grams_BGXDD = small(sums.grams)
-        traces_BGX = traces(grams_BGXDD)
-        forms_BGRDD = large(energy_forms(grams_BGXDD, traces_BGX))
-        sizes = [len(piece.key) for piece in pieces]
-        factors, forms = (each.split_with_sizes(sizes) for each in (factor_BG1DD, forms_BGRDD))
-        for each in zip(of_pieces, factors, forms, strict=True):
-            second_pass(*each, room_NGTD)
-        # As A is symmetric, C^T A C is the transpose of A C, times C.
-        factor_HDD, shape_HXD = factor_BG1DD.flatten(0, 2), (-1, members * dim, dim)
-        half_BGRDD = torch.bmm(forms_BGRDD.reshape(shape_HXD), factor_HDD).view(forms_BGRDD.shape)
-        core_BGRDD = torch.bmm(half_BGRDD.mT.reshape(shape_HXD), factor_HDD).view(forms_BGRDD.shape)
-        tokens = sums.tokens
-        root = torch.linalg.vector_norm(tokens, dim=-1)
-        summed = Summed(*map(small, (norm_BGX, tokens.sum(dim=-1), tokens.amax(dim=-1), root, count)))
-        of_keys, of_queries, core = quotients(summed, traces_BGX, small(core_BGRDD), scale=scale)
-        of_queries += [small(torch.cat(each)) for each in zip(*pairs, strict=True)]
-        if here:
-            return tuple(np.array(each, dtype=np.float32) for each in (of_keys, of_queries, core))
-    return torch.stack(of_keys).float(), torch.stack(of_queries).float(), core.float()
+    key_energy_BG1, query_energy_BGR = trace_BGX.split_with_sizes(rows, dim=-1)
+    key_norm_BG1, query_norm_BGR = norm_BGX.split_with_sizes(rows, dim=-1)
+    energy_BGR = key_energy_BG1 * query_energy_BGR
+    # Where there is no energy what comes of it is not used; what is not finite runs through to every statistic.
+    forms_BGRDD = query_gram_BGRDD / energy_BGR.clamp(min=torch.finfo(energy_BGR.dtype).tiny)[..., None, None]
+    factor_BG1DD = cholesky_factor(key_gram_BG1DD, key_norm_BG1)
+    factors, forms = factor_BG1DD.split_with_sizes(sizes), forms_BGRDD.split_with_sizes(sizes)
+    for each in zip(of_pieces, factors, forms, strict=True):
+        second_pass(*each, room_NGTD)
+
+    rows = [1, *rows, sums.tokens.shape[2] - 1 - sum(rows)]
+    length_sum_BG1, _, first_BGR, value_sum_BGV = sums.tokens.sum(dim=-1).split_with_sizes(rows, dim=-1)
+    longest_BG1, leverage_BG1, largest_BGR, _ = sums.tokens.amax(dim=-1).split_with_sizes(rows, dim=-1)
+    root_BG1, _, spread_BGR, _ = torch.linalg.vector_norm(sums.tokens, dim=-1).split_with_sizes(rows, dim=-1)
+    # False for keys that are not finite.
+    equal_BG1 = key_energy_BG1 <= KEYS_EQUAL_BELOW * root_BG1.square()
+    of_keys = [
+        count_B11 * (longest_BG1 / root_BG1).square(),
+        length_sum_BG1 / count_B11,
+        (count_B11 / dim * leverage_BG1.square()).masked_fill(equal_BG1, torch.nan),
+    ]
+    if rows[-1]:
+        of_keys.append(value_sum_BGV / count_B11)
+
+    # Rounding may leave a little less than nothing of keys that differ in no direction that queries have.
+    first_BGR = first_BGR.clamp(min=0).masked_fill(equal_BG1, 0.0)
+    sum_BGR = first_BGR.masked_fill(first_BGR == 0, torch.nan)
+    # As A is symmetric, C^T A C is the transpose of A C, times C.
+    factor_HDD, shape_HXD = factor_BG1DD.flatten(0, 2), (-1, rows[2] * dim, dim)
+    half_BGRDD = torch.bmm(forms_BGRDD.view(shape_HXD), factor_HDD).view(forms_BGRDD.shape)
+    core_BGRDD = torch.bmm(half_BGRDD.mT.reshape(shape_HXD), factor_HDD).view(forms_BGRDD.shape)
+    core_BGRDD.div_(sum_BGR[..., None, None])
+    of_queries = [
+        (query_energy_BGR / query_norm_BGR).square(),
+        (energy_BGR * first_BGR).sqrt() * (abs(scale) / count_B11),
+        count_B11 * largest_BGR / sum_BGR,
+        (sum_BGR / spread_BGR).square() / count_B11,
+        torch.linalg.vector_norm(core_BGRDD, dim=(-2, -1)).pow(-2),
+        *(torch.cat(each) for each in zip(*pairs, strict=True)),
+    ]
+    return torch.stack(of_keys).float(), torch.stack(of_queries).float(), core_BGRDD.float()
 
 
 @torch.no_grad()

@@ -81,56 +81,47 @@ def first_pass(
         The statistics in `also`, [N, G, R] each.
     """
     keys, grams_NGXDD, tokens_NGXL = sums
-    key_heads, length, dim = keys.shape[1:]
-    at_once = room_NGTD.shape[2]
+    key_heads, length = keys.shape[1:3]
     invalid_N1L1 = None if piece.valid is None else ~piece.valid[:, None, :, None]
 
-    def parts_of(rows_NGLD: Tensor) -> Sequence[Tensor]:
-        """So many tokens at a time as fit the cache; all, where they do."""
-        return rows_NGLD.split(at_once, dim=2) if length > at_once else [rows_NGLD]  # type: ignore[no-untyped-call]
-
-    def masked(rows: Tensor, part: int) -> Tensor:
+    def masked(rows: Tensor, part: slice) -> Tensor:
         # Filled, not multiplied: what lies at an invalid position may be NaN.
-        return rows if invalid_N1L1 is None else rows.masked_fill_(parts_of(invalid_N1L1)[part], 0.0)
+        return rows if invalid_N1L1 is None else rows.masked_fill_(invalid_N1L1[:, :, part], 0.0)
 
-    key_parts = parts_of(keys)
+    whole, at_once = slice(0, length), room_NGTD.shape[2]
+    parts = [slice(start, start + at_once) for start in range(0, length, at_once)]
     totals = []
-    lengths_NGL1 = tokens_NGXL.select(2, 0)[..., None]
-    for part, (rows_NGTD, given, lengths) in enumerate(
-        zip(key_parts, parts_of(piece.key), parts_of(lengths_NGL1), strict=True)
-    ):
-        masked(rows_NGTD.copy_(given), part)
+    for part in parts:
+        rows_NGTD = masked(keys[:, :, part].copy_(piece.key[:, :, part]), part)
         totals.append(rows_NGTD.sum(dim=-2, keepdim=True))
-        torch.linalg.vector_norm(rows_NGTD, dim=-1, keepdim=True, out=lengths)
+        torch.linalg.vector_norm(rows_NGTD, dim=-1, out=tokens_NGXL[:, :, 0, part])
     if piece.value_lengths is not None:
-        lengths_NGL = tokens_NGXL.select(2, -1).copy_(piece.value_lengths)
-        if invalid_N1L1 is not None:
-            lengths_NGL.masked_fill_(invalid_N1L1[..., 0], 0.0)
+        masked(tokens_NGXL[:, :, -1, :, None].copy_(piece.value_lengths[..., None]), whole)
     pairs = []
     if also:
-        queries = piece.query.to(keys.dtype, copy=True)
-        if invalid_N1L1 is not None:
-            queries.masked_fill_(invalid_N1L1, 0.0)
+        queries = masked(piece.query.to(keys.dtype, copy=True), whole)
         of_pairs = logit_statistics(queries, keys, scale=scale, causal=causal, valid=piece.valid)
         pairs = [torch.unflatten(of_pairs[name], 1, (key_heads, -1)) for name in also]
 
     # Centre before squaring: K^T K - L kbar kbar^T loses the digits that a large mean key takes.
     count = length if piece.valid is None else piece.valid.sum(dim=1)[:, None, None, None]
     mean_NG1D = reduce(torch.add, totals) / count
-    of_keys, *of_members = (gram_NGDD.view(-1, dim, dim) for gram_NGDD in grams_NGXDD.unbind(dim=2))
-    for part, rows_NGTD in enumerate(key_parts):
-        _add_gram(masked(rows_NGTD.sub_(mean_NG1D), part), of_keys, first=part == 0)
+    for part in parts:
+        rows_NGTD = masked(keys[:, :, part].sub_(mean_NG1D), part)
+        _add_gram(rows_NGTD, grams_NGXDD.select(2, 0), first=part is parts[0])
     members = torch.unflatten(piece.query, 1, (key_heads, -1)).unbind(dim=2)
-    for of_member, query_NGLD in zip(of_members, members, strict=True):
-        for part, query_NGTD in enumerate(parts_of(query_NGLD)):
+    for member, query_NGLD in enumerate(members, start=1):
+        for part in parts:
+            query_NGTD = query_NGLD[:, :, part]
             room = room_NGTD[: len(query_NGTD), :, : query_NGTD.shape[2]]
-            _add_gram(masked(room.copy_(query_NGTD), part), of_member, first=part == 0)
+            rows_NGTD = masked(room.copy_(query_NGTD), part)
+            _add_gram(rows_NGTD, grams_NGXDD.select(2, member), first=part is parts[0])
     return pairs
 
 
-def _add_gram(rows_NGTD: Tensor, gram_HDD: Tensor, *, first: bool) -> None:
+def _add_gram(rows_NGTD: Tensor, gram_NGDD: Tensor, *, first: bool) -> None:
     """Add X^T X, or write it where this is the first."""
-    rows_HTD = rows_NGTD.flatten(0, 1)
+    rows_HTD, gram_HDD = rows_NGTD.flatten(0, 1), gram_NGDD.view(-1, *gram_NGDD.shape[2:])
     gram_HDD.baddbmm_(rows_HTD.mT, rows_HTD, beta=0 if first else 1)
 
 

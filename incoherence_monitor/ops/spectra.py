@@ -2,17 +2,16 @@
 
 Legend of shape suffixes as in `gram`.
 
-Layer 1: imports numpy, torch, quotients and shapes.
+Layer 1: imports torch, constants and shapes.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .quotients import quiet, ranks
-from .shapes import at_hand_here, without_autograd
+from .constants import RANK_SHARE
+from .shapes import at_hand_here, without_autograd, working_dtype
 
 _FULL_RANK_ABOVE = 1e-11
 """Smallest squared Cholesky pivot, as a share of the Gram matrix's norm, at which keys count as of full rank."""
@@ -50,13 +49,15 @@ def spectral_statistics(core: Tensor) -> dict[str, Tensor]:
     Returns:
         `energy_rank` and `energy_stable_rank`, float32 [...], NaN where undefined.
     """
-    here = at_hand_here(core)
-    with without_autograd(core), quiet():
-        # Infinite or NaN where one of its numbers is; for such the routine may fail.
-        total = core.sum(dim=(-2, -1))
-        undefined = ~np.isfinite(total.numpy()) if here else ~total.isfinite()
-        finite = core if here and not undefined.any() else core.nan_to_num(0.0, 0.0, 0.0)
-        values = torch.linalg.eigvalsh(finite)
-        found = ranks(values.numpy() if here else values, undefined)
-    rank, stable = (torch.as_tensor(each, dtype=torch.float32) for each in found)
-    return {"energy_rank": rank, "energy_stable_rank": stable}
+    with without_autograd(core):
+        # A sum times zero is NaN where one of its numbers is not finite; for such the routine may fail.
+        undefined = core.sum(dim=(-2, -1)).mul_(0.0).isnan()
+        values = torch.linalg.eigvalsh(core.nan_to_num(0.0, 0.0, 0.0)).clamp_(min=0)
+        cumulative = values.flip(-1).cumsum(dim=-1, dtype=working_dtype(core.device))
+        total = cumulative[..., -1:]
+        rank = (cumulative < RANK_SHARE * total).sum(dim=-1, dtype=torch.float32).add_(1.0)
+        stable = (total[..., 0] / values[..., -1]).float()
+    return {
+        "energy_rank": rank.masked_fill(undefined, torch.nan),
+        "energy_stable_rank": stable.masked_fill(undefined, torch.nan),
+    }
