@@ -1,9 +1,9 @@
 """pulsegrad beside the monitor: its statistics of every module and its detectors, at its defaults but for the interval.
 
 Driven part by part and not by `pulsegrad.watch`, which makes the same calls from hooks of every module of every step,
-writes a database meanwhile, and takes histograms, which none of its detectors reads: with them it costs as much as the
-training. A test holds the findings against those of `watch`. In a fork it goes on with what it knew in the run that it
-was forked from, as everything else does that is compared.
+writes a database meanwhile, and takes histograms, which none of its detectors reads: with them it costs nearly as much
+as the training of the smaller models. A test holds the findings against those of `watch`. In a fork it goes on
+with what it knew in the run that it was forked from, as everything else does that is compared.
 """
 
 from __future__ import annotations

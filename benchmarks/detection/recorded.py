@@ -34,8 +34,8 @@ class Recorded:
         losses: [m] loss of every training step from 0.
         gradient_norms: [m] before clipping.
         entropies: [n, layers * query heads] of the update of W_Q^T W_K.
-        findings: training steps at which pulsegrad opened a finding; None if it was not driven.
         right: heads that count as right; empty for healthy runs and events.
+        findings: training steps at which pulsegrad opened a finding; None if it was not driven.
     """
 
     spec: RunSpec
@@ -45,8 +45,8 @@ class Recorded:
     losses: FloatArray
     gradient_norms: FloatArray
     entropies: FloatArray
-    findings: NDArray[np.int64] | None
     right: frozenset[tuple[str, int, int]]
+    findings: NDArray[np.int64] | None = None
 
     @cached_property
     def onset(self) -> int:
@@ -109,7 +109,7 @@ def load(folder: Path, name: str) -> Recorded:
         if findings is not None and earlier is not None:
             findings = np.concatenate([earlier[earlier < spec.start], findings])
     right = frozenset((str(kind), int(layer), int(head)) for kind, layer, head in record.get("right", ()))
-    return Recorded(spec, layout, steps, values, losses, norms, entropies, findings, right)
+    return Recorded(spec, layout, steps, values, losses, norms, entropies, right, findings)
 
 
 def _read(folder: Path, layout: Layout) -> tuple[NDArray[np.int64], FloatArray, FloatArray, FloatArray, FloatArray]:
