@@ -6,8 +6,8 @@ One attention call a layer is shown by `IncoherenceMonitor.observe` inside a sam
 all that the monitor does but for the gradients. Lengths: one layer; window statistics should not depend
 on it. Apart: the shift residual, which takes the gradients of all keys of as many sequences as there are windows, held
 against the forward and backward of one layer of that width and length (up to --layer-lengths, since attention's cost
-grows with the square). Heads and layers: every sample measures all of them. CPU times on one thread, or times of the
-stream on a GPU.
+grows with the square), and that of all layers against a whole training step of the models of --shapes. Heads and
+layers: every sample measures all of them. CPU times on one thread, or times of the stream on a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import results_file
 from benchmarks.timing import seconds
-from benchmarks.workloads import Shape, Workload, forward_backward
+from benchmarks.workloads import SHAPES, Shape, Workload, forward_backward
 from incoherence_monitor import IncoherenceMonitor, MonitorConfig
 from incoherence_monitor.ops import shift_residual
 
@@ -110,6 +110,31 @@ def layer_seconds(length: int, *, width: int, heads: int, device: str) -> float:
     return found[1] - found[0]
 
 
+def of_steps(names: list[str], *, device: str = "cpu") -> list[dict[str, Any]]:
+    """One row a model: the shift residuals of all its layers against the training step that they are taken in."""
+    rows = []
+    for name in names:
+        shape = SHAPES[name]
+        work = Workload(shape, device)
+        ids = work.batch()
+
+        def step(work: Workload = work, ids: torch.Tensor = ids) -> None:
+            forward_backward(work.model, ids)
+            work.update()
+
+        size = (min(shape.batch, WINDOWS), shape.length, shape.key_heads, shape.width // shape.heads)
+        dtype = getattr(torch, shape.dtype)
+        # One a layer, as the backward leaves them: together they are out of the cache.
+        gradients = [torch.randn(size, device=device, dtype=dtype).transpose(1, 2) for _ in range(shape.layers)]
+        whole = seconds(step, device, repeats=5)
+        residuals = seconds(lambda given=gradients: [shift_residual(each) for each in given], device)
+        rows.append(
+            {"model": shape.words(), "training step, ms": 1e3 * whole, "shift residuals, ms": 1e3 * residuals,
+             "residuals / step, %": 100 * residuals / whole}
+        )  # fmt: skip
+    return rows
+
+
 def by_heads(
     models: list[tuple[int, int]], *, dim: int = 64, windows: int = 2, device: str = "cpu"
 ) -> list[dict[str, Any]]:
@@ -132,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
     result = results_file.arguments(__doc__)
     result.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     result.add_argument("--layer-lengths", type=int, nargs="*", default=[256, 1024, 4096])
+    result.add_argument("--shapes", nargs="*", default=["llama-5m", "gpt2-124m"], choices=list(SHAPES))
     result.add_argument("--models", nargs="+", default=[f"{layers}x{heads}" for layers, heads in MODELS])
     result.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     return result
@@ -142,16 +168,18 @@ def main() -> None:
     given = parser().parse_args()
     torch.set_num_threads(1)
     lengths = by_length(given.lengths, given.layer_lengths, device=given.device)
+    steps = of_steps(given.shapes, device=given.device)
     layers_heads = [tuple(int(part) for part in model.split("x")) for model in given.models]
     models = by_heads([(layers, heads) for layers, heads in layers_heads], device=given.device)
     lines = [
         f"## Context length, {WINDOWS} windows of 256, one layer of 4 heads of 64", "",
         *results_file.table(lengths), "",
+        "## The shift residuals of a whole training step", "", *results_file.table(steps), "",
         "## Heads and layers, 2 windows of 256, heads of 64", "", *results_file.table(models),
     ]  # fmt: skip
     text = results_file.write(
         given.out, "growth", title="How the cost of a sample grows", lines=lines,
-        content={"lengths": lengths, "models": models}, device=given.device, packages=("transformers",),
+        content={"lengths": lengths, "steps": steps, "models": models}, device=given.device, packages=("transformers",),
     )  # fmt: skip
     print(text)
 

@@ -206,12 +206,14 @@ def test_ops(monkeypatch, tmp_path):
 
 def test_growth(monkeypatch, tmp_path):
     pytest.importorskip("transformers")
-    given = ["--lengths", "256", "1024", "--layer-lengths", "256", "--models", "1x2", "2x2"]
+    given = ["--lengths", "256", "1024", "--layer-lengths", "256", "--shapes", "tiny", "--models", "1x2", "2x2"]
     found, _ = run_main(monkeypatch, "growth", *given, tmp_path)
     assert [row["L"] for row in found["lengths"]] == [256, 1024]
     assert all(row["window statistics, ms"] > 0 for row in found["lengths"])
     assert found["lengths"][0]["one layer, ms"] > 0
     assert [row["heads"] for row in found["models"]] == [2, 4]
+    (row,) = found["steps"]
+    assert 0 < row["shift residuals, ms"] < row["training step, ms"]
 
 
 def test_memory(monkeypatch, tmp_path):
