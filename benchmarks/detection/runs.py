@@ -53,9 +53,12 @@ def _peer(spec: RunSpec, training: Training, folder: Path) -> Pulsegrad | None:
     """pulsegrad, where it is installed: on held-out runs alone, since it has nothing that is tuned."""
     if spec.split != "held-out" or spec.role == "base" or importlib.util.find_spec("pulsegrad") is None:
         return None
+    known = folder / spec.parent / f"pulsegrad-{spec.start}.pkl"
+    if spec.role in FORKED and not known.is_file():
+        return None  # It was installed after the parent had been made.
     peer = Pulsegrad(training.model, training.optimizer, every=SAMPLE_EVERY)
     if spec.role in FORKED:
-        peer.restore(folder / spec.parent / f"pulsegrad-{spec.start}.pkl")
+        peer.restore(known)
     return peer
 
 
