@@ -94,6 +94,18 @@ class Baseline(Vectors):
             value[members], scale[members] = _fit(values, self.ticks[first, positions], tick)
         return Prediction(value, scale)
 
+    def outside(self, values: FloatArray) -> BoolArray:
+        """Which values lie beyond all that their streams hold, [S].
+
+        Args:
+            values: [S] logarithms; NaN lies nowhere.
+        """
+        held = np.arange(self.values.shape[1]) < self.count[:, None]
+        least = np.where(held, self.values, np.inf).min(axis=1)
+        most = np.where(held, self.values, -np.inf).max(axis=1)
+        beyond: BoolArray = (values < least) | (values > most)
+        return beyond
+
     def _signatures(self) -> IntArray:
         """A number per stream [S], equal where streams hold the same samples at the same places."""
         if (self.count == self.count[0]).all() and (self.ticks == self.ticks[0]).all():

@@ -40,7 +40,7 @@ SMALL_COHORT = 8
 samples that lie apart alone (modelwide.py): nothing else takes out of it how learning bends."""
 COHORT_SPREAD = 3.0
 """How much the present spread of a cohort counts for in the scale of its heads' deviations."""
-TAIL_START, TAIL_RATE = 0.1, 0.48
+TAIL_START, TAIL_RATE = 0.1, 0.45
 """The largest evidence of a family of n streams passes start + rate * log(N) / q(n) times its usual value once in N
 samples of a healthy run, q being the normal quantile: the maximum of many varies less, in proportion, than of few.
 Heads reorganise in healthy runs too, so the tail is that of an exponential, not of noise (docs/detection.md)."""
@@ -57,9 +57,13 @@ hardly move but those of the few heads that learn something new. How weights mov
 all heads; for a layer's this has no factor, since what is told of one is critical."""
 LAYER_TAIL_START, LAYER_TAIL_RATE = 0.1, 0.38
 """As for heads, for the layers of a family."""
-ALONE_TAIL = 1.5
+ALONE_TAIL = 1.6
 """What thresholds of heads, of layers and of the model are multiplied by where they rest on fewer heads than a cohort:
 a head's own line forecasts less well than a cohort does, and learning stays in it (docs/detection.md)."""
+SETTLING = tuple(f"{side}_weight_{what}" for side in ("query", "key", "value") for what in ("norm", "peak"))
+SETTLED_FROM = 40
+"""Samples that a baseline of the size or peak of weights needs before anything is judged by it. Heads that specialise
+early in training grow for some 30 samples in a row, and a line through fewer than these has not seen it."""
 PRIOR_LEVEL = 0.6
 """First guess of a family's usual largest evidence, in units of the normal quantile of its number of heads."""
 LEARNED_BELOW = 5.0
@@ -139,6 +143,10 @@ class DriftDetector:
                 tails.append(max(factor, ALONE_TAIL) if few_heads else factor)
         # Weights hardly scatter: what training does to all of them stands out against their own past alone.
         self.judged_as_one = self.judged & ~layout.stream_of_weights
+        self.armed_from = np.full(layout.size, ARMED_FROM)
+        for name in SETTLING:
+            if name in layout.slices:
+                self.armed_from[layout.slices[name]] = min(SETTLED_FROM, self.config.baseline_samples)
         quantile = _quantiles([len(members) for members in self._families])
         layers = _quantiles([len(np.unique(layout.stream_layer[members])) for members in self._families])
         self._prior, self._layer_prior = PRIOR_LEVEL * quantile, PRIOR_LEVEL * layers
@@ -185,7 +193,7 @@ class DriftDetector:
             passed_over = passed_over | of_weights
         residual = np.where(known & self.judged, log_values, np.nan) - expected
         deviation, width = self._against_cohort(residual, scale)
-        enough = self.judged & (np.minimum(self.baseline.count, self.config.baseline_samples) >= ARMED_FROM)
+        enough = self.judged & (self.baseline.count >= self.armed_from)
         armed = self.trust.update(np.where(passed_over, np.nan, deviation), enough)
         deviation[~armed] = np.nan
         threshold = self.threshold
@@ -215,6 +223,7 @@ class DriftDetector:
         model_size = np.nan_to_num(np.abs(model_evidence))
         model_beyond = model_size > self._model_threshold
 
+        layers_told, model_told = self._on_new_ground(log_values, known, layer_beyond, model_beyond)
         flagged = beyond | self.layerwise.of_streams(layer_beyond) | (np.nan_to_num(np.abs(deviation)) > LEARNED_BELOW)
         for part, moved in zip(self.layout.slices.values(), model_beyond, strict=True):
             flagged[part] |= moved
@@ -239,17 +248,33 @@ class DriftDetector:
             layer_deviation=self.layerwise.by_layer(layer_deviation),
             layer_evidence=self.layerwise.by_layer(layer_evidence / layer_threshold),
             layer_alarm=self.layerwise.by_layer(
-                layer_beyond & still_departs(layer_deviation, layer_evidence) & ~layer_passed_over
+                layers_told & still_departs(layer_deviation, layer_evidence) & ~layer_passed_over
             ),
             layer_restless=self.layerwise.by_layer(layer_size > layer_threshold / 2),
             layer_since=self.layerwise.by_layer(self.layerwise.evidence.since),
             model_judged=model_judged,
             model_deviation=model_deviation,
             model_evidence=model_evidence / self._model_threshold,
-            model_alarm=model_beyond & still_departs(model_deviation, model_evidence) & model_judged,
+            model_alarm=model_told & still_departs(model_deviation, model_evidence) & model_judged,
             model_restless=model_size > self._model_threshold / 2,
             model_since=model.evidence.since,
         )
+
+    def _on_new_ground(
+        self, log_values: FloatArray, known: BoolArray, layers: BoolArray, model: BoolArray
+    ) -> tuple[BoolArray, BoolArray]:
+        """Those of the cells and statistics under alarm of which most heads are where their baselines have not been.
+
+        A line that was drawn through an excursion which is over expects its trend to go on: what comes back to where it
+        was before leaves the line, and nothing is broken.
+        """
+        if not (layers.any() or model.any()):
+            return layers, model
+        judged = self.judged & known
+        layers = layers & self.layerwise.mostly(self.baseline.outside(log_values), judged)
+        outside, judged = self.modelwide.lines(self.baseline).outside(log_values), self.judged_as_one & known
+        parts = [(outside & judged)[part].sum() > 0.5 * judged[part].sum() for part in self.layout.slices.values()]
+        return layers, model & np.array(parts)
 
     def _against_cohort(self, residual: FloatArray, scale: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Departure of every stream from its cohort's, in units of both scales together, and that unit; [S] each."""

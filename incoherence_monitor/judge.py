@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 
 from .alerts import AlertBook
-from .baseline import ARMED_FROM
 from .commands import Checkpoints, Command, Mute, Mutes, to_dict
 from .config import MonitorConfig
 from .coverage import ALL_ARMED
@@ -259,11 +258,12 @@ class Judge:
             part = self.layout.slices[name]
             judged = self._detector.judged[part]
             armed, count = self._armed[part][judged], self._detector.baseline.count[part][judged]
+            needed = self._detector.armed_from[part][judged]
             weights = bool(self.layout.stream_of_weights[part].any())
             if weights and not judged.any():
                 result[name] = f"not judged: fewer than {SMALL_COHORT} heads of a kind, too few to compare with"
                 continue
-            result[name] = _how_armed(armed, count, apart=weights or bool(self._detector.alone[part].any()))
+            result[name] = _how_armed(armed, count, needed, apart=weights or bool(self._detector.alone[part].any()))
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -306,15 +306,15 @@ def _shift_bounds(layout: Layout) -> FloatArray:
     return np.array([layer.shift_bound for layer in layout.layers for _ in range(layer.key_heads)], dtype=np.float64)
 
 
-def _how_armed(armed: BoolArray, count: IntArray, *, apart: bool) -> str:
+def _how_armed(armed: BoolArray, count: IntArray, needed: IntArray, *, apart: bool) -> str:
     if not len(armed):
         return "not judged: it has one value only in windows this short"
     if armed.all():
         return ALL_ARMED
-    few = count[~armed] < ARMED_FROM
+    few = count[~armed] < needed[~armed]
     waits = []
     if few.any():
-        samples = f"{ARMED_FROM} samples{f' at least {SPACING} steps apart' if apart else ''}"
+        samples = f"{int(needed.max())} samples{f' at least {SPACING} steps apart' if apart else ''}"
         waits.append(f"{int(few.sum())} need {samples}, the least has {int(count[~armed].min())}")
     if not few.all():
         waits.append(f"the forecasts of {int((~few).sum())} are not yet good")

@@ -118,6 +118,17 @@ class Layerwise:
         marked[self._cell[streams]] = True
         return marked
 
+    def mostly(self, marked: BoolArray, among: BoolArray) -> BoolArray:
+        """[M * L] whether more than half of a cell's streams are marked.
+
+        Args:
+            marked: [S] which are.
+            among: [S] which streams count.
+        """
+        number = np.bincount(self._cell[among], minlength=self._size)
+        more: BoolArray = 2 * np.bincount(self._cell[among & marked], minlength=self._size) > number
+        return more
+
     def relearn(self, streams: BoolArray) -> None:
         """Forget the evidence of cells of which all judged streams are among these."""
         inside = np.zeros(self._size, dtype=bool)

@@ -22,7 +22,7 @@ from .vectors import Evidence, Trust, Vectors
 SPACING = 5
 """Least training steps between two samples of which the model is judged, and weights are read: those of the runs that
 their thresholds are of."""
-MODEL_TAIL_START, MODEL_TAIL_RATE = 1.2, 0.1
+MODEL_TAIL_START, MODEL_TAIL_RATE = 1.38, 0.115
 """The threshold is start + rate * log(`false_alarm_every`), in plain deviations."""
 
 
@@ -68,6 +68,10 @@ class Modelwide:
             self.spaced.load_state_dict(baseline.state_dict())
         return False
 
+    def lines(self, baseline: Baseline) -> Baseline:
+        """The lines that it rests on: its own, or where it has none those of the heads, given."""
+        return baseline if self.spaced is None else self.spaced
+
     def judge(
         self,
         logs: FloatArray,
@@ -92,8 +96,9 @@ class Modelwide:
             early: whether it is too early in training to judge by.
             threshold: [M] of the evidence.
         """
+        baseline = self.lines(baseline)
         if self.spaced is not None:
-            baseline, line = self.spaced, self.spaced.predict(tick)
+            line = self.spaced.predict(tick)
         own = (np.where(judged & np.isfinite(logs), logs, np.nan) - line.value) / line.scale
         enough = judged & (np.minimum(baseline.count, self.samples) >= ARMED_FROM)
         deviation = self._of_the_model(own)

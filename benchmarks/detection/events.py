@@ -130,6 +130,22 @@ def _decay(training: Training) -> Injector:
     return _Change(change)
 
 
+def _no_decay(training: Training) -> Injector:
+    def change() -> None:
+        for group in training.optimizer.param_groups:
+            group["weight_decay"] = 0.0
+
+    return _Change(change)
+
+
+def _first_moment(training: Training) -> Injector:
+    def change() -> None:
+        for group in training.optimizer.param_groups:
+            group["betas"] = (0.8, group["betas"][1])
+
+    return _Change(change)
+
+
 def _second_moment(training: Training) -> Injector:
     def change() -> None:
         for group in training.optimizer.param_groups:
@@ -166,6 +182,9 @@ EVENTS: tuple[Event, ...] = (
     Event("batch_12", "batch size 8 becomes 12", "fifth", _batch(12)),
     Event("beta2_0.95", "Adam's second moment forgets sooner: 0.99 becomes 0.95", "fifth", _second_moment),
     Event("fewer_steps", "the learning rate falls to the end of its schedule at twice the speed", "fifth", _hurry),
+    Event("rate_x0.1", "the learning rate steps to a tenth of the schedule", "sixth", lambda training: _Rate(0.1)),
+    Event("no_decay", "the weight decay becomes zero", "sixth", _no_decay),
+    Event("beta1_0.8", "Adam's first moment forgets sooner: 0.9 becomes 0.8", "sixth", _first_moment),
 )  # fmt: skip
 
 BY_NAME: dict[str, Event] = {event.name: event for event in EVENTS}

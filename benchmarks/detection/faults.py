@@ -12,7 +12,7 @@ layer. Faults of all heads, data, optimizer and kernel: anything counts, there i
 **Blind.** Declared beforehand where no recorded statistic can see the fault but through what the rest of the model
 learns from it; reported apart.
 
-**Tune and held out.** Each kind says for which round of the work it was declared (rounds.py). Those of the fifth
+**Tune and held out.** Each kind says for which round of the work it was declared (rounds.py). Those of the sixth
 round, at the end of the table, are never looked at before the report; all kinds run on the held-out seeds.
 """
 
@@ -215,6 +215,18 @@ FAULTS: tuple[FaultKind, ...] = (
               (0.0, 0.3), (0.3,), "fifth", make.amplified("value")),
     FaultKind("value_gradient_lost", "the gradient of W_V is zero in this share of the steps", "value",
               ("one", "layer"), (0.9, 0.5), (0.5,), "fifth", make.gradient("value", updates.lost)),
+    FaultKind("wv_noise", "noise of this share of its rms is added to W_V", "value", ("one", "layer"), (0.03, 0.01),
+              (0.01,), "sixth", make.noisy("value")),
+    FaultKind("wv_channel", "one value channel grows by this factor", "value", ("one", "all"), (1.02, 1.008), (1.008,),
+              "sixth", make.multiply("value", do.channel_matrix)),
+    FaultKind("value_few_bits", "the head's values are rounded to so many bits of mantissa, at once", "value",
+              ("one", "layer"), (1, 2), (2,), "sixth", make.edit("value", do.few_bits)),
+    FaultKind("clipped_values", "values are clipped at so many times their rms, at once", "value", ("one", "layer"),
+              (1.0, 2.0), (2.0,), "sixth", make.edit("value", do.clipped)),
+    FaultKind("query_frozen", "the learning rate of the head's W_Q falls to this share", "query", ("one", "layer"),
+              (0.0, 0.3), (0.3,), "sixth", make.amplified("query")),
+    FaultKind("query_gradient_lost", "the gradient of W_Q is zero in this share of the steps", "query",
+              ("one", "layer"), (0.9, 0.5), (0.5,), "sixth", make.gradient("query", updates.lost)),
 )  # fmt: skip
 
 BY_NAME: dict[str, FaultKind] = {fault.name: fault for fault in FAULTS}

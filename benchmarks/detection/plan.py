@@ -27,15 +27,17 @@ HEALTHY: dict[Round, dict[str, int]] = {
     "third": {"learned": 10, "gqa": 7, "qknorm": 8, "sliding": 6, "large": 4, "lora": 5},
     "fourth": {"learned": 10, "gqa": 7, "qknorm": 8, "sliding": 6, "large": 4, "lora": 5},
     "fifth": {"learned": 10, "gqa": 7, "qknorm": 8, "sliding": 6, "large": 4, "lora": 5},
+    "sixth": {"learned": 10, "gqa": 7, "qknorm": 8, "sliding": 6, "large": 4, "lora": 5},
 }
 BASES: dict[Round, tuple[int, ...]] = {
     "first": (900,), "second": (1900, 1901), "calibration": (1900, 1901), "third": (2900, 2901),
-    "fourth": (3900, 3901), "fifth": (4900, 4901),
+    "fourth": (3900, 3901), "fifth": (4900, 4901), "sixth": (5900, 5901),
 }  # fmt: skip
 """Seeds of the models that "lora" adapts."""
 DRAWN_AS: dict[Round, str] = {
     "first": "forks of tune", "second": "forks of held-out", "third": "forks of the third round",
     "fourth": "forks of the fourth round", "fifth": "forks of the fifth round",
+    "sixth": "forks of the sixth round",
 }  # fmt: skip
 """What the draws of a round are seeded with; the first two as they were called when their runs were made."""
 SHARE: dict[str, float] = {"learned": 4, "gqa": 2.5, "qknorm": 3, "sliding": 2, "large": 1, "lora": 1.5}
@@ -43,19 +45,20 @@ SHARE: dict[str, float] = {"learned": 4, "gqa": 2.5, "qknorm": 3, "sliding": 2, 
 ONE_HEAD_REPEATS: dict[Round, dict[str, int]] = {
     "first": {"plain": 3, "subtle": 2}, "second": {"plain": 3, "subtle": 2}, "third": {"plain": 1, "subtle": 1},
     "fourth": {"plain": 1, "subtle": 1}, "fifth": {"plain": 1, "subtle": 1},
+    "sixth": {"plain": 1, "subtle": 1},
 }  # fmt: skip
 """Runs of every severity of a fault of one head, each on another kind of model."""
 NEW_ONE_HEAD_REPEATS = 2
 """The same for plain severities of kinds that the third round and later ones declare for themselves."""
-CLOSELY: tuple[Round, ...] = ("third", "fourth", "fifth")
+CLOSELY: tuple[Round, ...] = ("third", "fourth", "fifth", "sixth")
 """Rounds whose forks follow their parents closely: every prefix holds as large a part of both."""
 KERNEL_REPEATS: dict[tuple[Round, Scope], int] = {
     ("first", "all"): 1, ("first", "layer"): 1, ("second", "all"): 2, ("second", "layer"): 1,
     ("third", "all"): 1, ("third", "layer"): 1, ("fourth", "all"): 1, ("fourth", "layer"): 1,
-    ("fifth", "all"): 1, ("fifth", "layer"): 1,
+    ("fifth", "all"): 1, ("fifth", "layer"): 1, ("sixth", "all"): 1, ("sixth", "layer"): 1,
 }  # fmt: skip
-ORGANIC: dict[Round, int] = {"first": 4, "second": 9, "third": 6, "fourth": 6, "fifth": 6}
-EVENT_REPEATS: dict[Round, int] = {"first": 4, "second": 4, "third": 2, "fourth": 2, "fifth": 2}
+ORGANIC: dict[Round, int] = {"first": 4, "second": 9, "third": 6, "fourth": 6, "fifth": 6, "sixth": 6}
+EVENT_REPEATS: dict[Round, int] = {"first": 4, "second": 4, "third": 2, "fourth": 2, "fifth": 2, "sixth": 2}
 
 
 @dataclass(frozen=True)
