@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,7 +28,7 @@ from .ops import check_shapes
 from .records import LayerInfo, Layout
 from .shares import Shares
 from .stats import statistic
-from .sums import SampleSums, summarise
+from .sums import Part, SampleSums, summarise
 from .transfer import to_host
 from .weighing import Weighing
 from .windows import Place, WindowPlan, choose_window, extend_plan, lengths_of, select_windows
@@ -191,32 +192,40 @@ class WindowSampler:
                 self.skipped["windows asked for that the step's batches cannot hold"] += missing
         self.skipped = +self.skipped
         layout = self._layout_of_all()
-        taken = [(layer.info, list(layer.parts), list(layer.residuals), dict(layer.weights)) for layer in held]
+        # None stands for a residual on a device: what lies there is held until it has been copied, no longer.
+        taken = [
+            (
+                layer.info,
+                list(layer.parts),
+                [None if isinstance(each, Tensor) else each for each in layer.residuals],
+                tuple(layer.weights),
+            )
+            for layer in held
+        ]
         with torch.no_grad():
             batches = self._computing.together.seal()
-        on_device = [[*batch.tensors.values()] for batch in batches]
-        on_device += [
-            [*(each for each in residuals if isinstance(each, Tensor)), *weights.values()]
-            for *_, residuals, weights in taken
-        ]
-        arrived = to_host([tensor for tensors in on_device for tensor in tensors])
+        on_device = [tensor for batch in batches for tensor in batch.hand_over()]
+        for layer in held:
+            on_device += [each for each in layer.residuals if isinstance(each, Tensor)]
+            on_device += layer.weights.values()
+        arrived = to_host(on_device)
 
         def finish() -> SampleSums:
             tensors = iter(arrived())
             for batch in batches:
-                batch.arrived({name: next(tensors) for name in batch.tensors})
+                batch.arrived({name: next(tensors) for name in batch.names})
             on_host = []
             for info, parts, residuals, weights in taken:
                 found = []
                 for part in parts:
                     try:
-                        found += part.result()
+                        found += _result_of(part)
                     except Exception as error:  # Of this layer alone: the others are judged.
                         self.on_error(info.name, error)
                 there = []
                 for each in residuals:
                     try:
-                        there.append(next(tensors) if isinstance(each, Tensor) else each())
+                        there.append(next(tensors) if each is None else each())
                     except Exception as error:  # Of its residual alone.
                         self.on_error(info.name, error)
                 others = {"shift_residual": there} | {name: [next(tensors)[None]] for name in weights}
@@ -307,6 +316,13 @@ class WindowSampler:
             return False
         self.layers = {layer.name: layer for layer in layout.layers}
         return self.assign({})
+
+
+def _result_of(part: Future[list[Part]]) -> list[Part]:
+    """What has come of a call's windows: the host phase comes after all that could still bring it."""
+    if not part.done():
+        raise RuntimeError("nothing has come of a layer's windows; whatever was to compute them was interrupted")
+    return part.result()
 
 
 def _pass_on(layer: str, error: BaseException) -> None:

@@ -11,6 +11,29 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+Stream = torch.cuda.Stream
+
+
+def present_stream(device: torch.device) -> Stream | None:
+    """The stream that a device's operations go to now, on this thread; None where there are no streams."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def take_over(tensors: Sequence[Tensor], stream: Stream) -> None:
+    """Let the present stream read tensors that were made on another one; where it is the same, nothing is done.
+
+    Args:
+        tensors: on the stream's device.
+        stream: on which they were made.
+    """
+    present = present_stream(stream.device)
+    if present is None or present == stream:
+        return
+    present.wait_stream(stream)
+    for tensor in tensors:
+        # Their memory must not be handed out again on the stream that they were made on before this one has read it.
+        tensor.record_stream(present)
+
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
@@ -79,16 +102,18 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return host.to(device, non_blocking=device.type != "mps")
 
 
-_TRIANGLES: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+_TRIANGLES: dict[tuple[int, torch.device, Stream | None], tuple[Tensor, Tensor]] = {}
 
 
 def triangle(dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows and columns of a symmetric matrix's lower triangle, which says all of it, on a device."""
-    found = _TRIANGLES.get((dim, device))
+    # By stream, too: another one would not wait until they are there.
+    known_as = (dim, device, present_stream(device))
+    found = _TRIANGLES.get(known_as)
     if found is None:
         rows, columns = torch.tril_indices(dim, dim, device=device)
         found = rows, columns
         if type(rows) is Tensor:
             # Not one that a tracing mode has made up.
-            _TRIANGLES[dim, device] = found
+            _TRIANGLES[known_as] = found
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import incoherence_monitor.capture.unseen as hiding
 
 
 class Tally:
@@ -61,6 +63,17 @@ class Counting(TorchDispatchMode):
 
 
 @contextmanager
+def nothing_hidden() -> Iterator[None]:
+    """Let dispatch modes see what the monitor computes within a forward."""
+    original = hiding._disable_current_modes
+    hiding._disable_current_modes = nullcontext
+    try:
+        yield
+    finally:
+        hiding._disable_current_modes = original
+
+
+@contextmanager
 def counted(tally: Tally) -> Iterator[None]:
     """Count on this thread and on those that are started meanwhile."""
     original = threading.Thread.run
@@ -71,7 +84,7 @@ def counted(tally: Tally) -> Iterator[None]:
 
     threading.Thread.run = run  # type: ignore[method-assign]
     try:
-        with Counting(tally):
+        with Counting(tally), nothing_hidden():
             yield
     finally:
         threading.Thread.run = original  # type: ignore[method-assign]

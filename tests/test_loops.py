@@ -13,6 +13,7 @@ from incoherence_monitor import IncoherenceMonitor, MonitorConfig, computing, he
 
 pytest.importorskip("transformers")
 
+from .live_memory import nothing_hidden
 from .models import batches, tiny_model, train, weights
 
 CONFIG = MonitorConfig(window=32)
@@ -45,7 +46,7 @@ def test_a_sample_of_128k_tokens_takes_the_memory_of_its_windows(padded, aside, 
         valid[:, :100] = False
     config = MonitorConfig(window=256, windows_per_sample=4)
     with IncoherenceMonitor(every=1, config=config) as monitor:
-        with monitor.step(0), LargestTensor() as largest:
+        with monitor.step(0), LargestTensor() as largest, nothing_hidden():
             monitor.observe("layer", query, key, valid=valid)
         monitor.flush()
         latest = monitor.latest

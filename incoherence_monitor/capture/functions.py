@@ -4,7 +4,7 @@ Needed where the torch function mode of `products` cannot be: in compiled code, 
 know. While a capture that needs them lives, these functions are replaced where the watched modules' code looks them
 up: in torch.nn.functional, in the packages they come from, and in the globals of the files the modules are written in.
 
-Layer 3: imports capture.current, gradients, multihead, products and taps.
+Layer 3: imports capture.current, gradients, multihead, products, taps and unseen.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .current import pop, push, running
 from .gradients import SOFTCAP, KeySource, not_invariant
 from .masks import starts_of
 from .taps import SWITCH, failed, tap
+from .unseen import unseen
 
 FLASH_WAY = "FlashAttention's own functions"
 FLEX_WAY = "torch's flex_attention"
@@ -168,7 +169,8 @@ def _watched(function: Any, take: Take, names: tuple[str, ...]) -> Any:
         module = running() if SWITCH.armed else None
         if module is not None:
             try:
-                offer(args, kwargs)
+                with unseen():
+                    offer(args, kwargs)
             except Exception as error:  # Whatever goes wrong, training goes on.
                 failed(module, error)
             # Whatever the function calls in its turn is accounted for.

@@ -3,7 +3,7 @@
 A forward hook computes them again from the module's inputs and projection weights, in sampled steps alone. The same
 arithmetic as the module's own, under the same autocast; nothing of the module's run is touched.
 
-Layer 3: imports capture.current, masks and taps.
+Layer 3: imports capture.current, masks, taps and unseen.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional
 from .current import pop, push, watched_now
 from .masks import allowed_on_diagonal, mostly_behind
 from .taps import SLOT, failed, tap
+from .unseen import unseen
 
 WAY = "nn.MultiheadAttention, computed again"
 _NAMES = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
@@ -42,7 +43,8 @@ def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
         _take(module, given)
         return
     try:
-        _take(module, given)
+        with unseen():
+            _take(module, given)
     except Exception as error:  # Whatever goes wrong, training goes on.
         failed(module, error)
 

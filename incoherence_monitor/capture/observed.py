@@ -1,6 +1,6 @@
 """What users show by `IncoherenceMonitor.observe`, in eager and in compiled code.
 
-Layer 3: imports capture.base, gradients and operators.
+Layer 3: imports capture.base, gradients, operators and unseen.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 from .base import CallCounter, Receiver
 from .gradients import KeySource, Listening, autocast_to
 from .operators import Call, numbered_slot
+from .unseen import unseen
 
 
 class Observations:
@@ -56,15 +57,16 @@ class Observations:
             handed = [None if each is None else each.detach() for each in (query, key, value)]
             torch.ops.incoherence_monitor.observed(name, *handed, valid, starts, self._slot, factor, causal)
             return
-        try:
-            factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
-            source = KeySource(key.detach() if value is key else key)
-            cast = autocast_to(query.device.type)
-            call = Call(query, key, value, factor, valid, starts, causal, cast=cast, source=source)
-        except Exception as error:  # Whatever goes wrong, training goes on.
-            self._on_error(name, error)
-            return
-        self.receive(name, call)
+        with unseen():
+            try:
+                factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+                source = KeySource(key.detach() if value is key else key)
+                cast = autocast_to(query.device.type)
+                call = Call(query, key, value, factor, valid, starts, causal, cast=cast, source=source)
+            except Exception as error:  # Whatever goes wrong, training goes on.
+                self._on_error(name, error)
+                return
+            self.receive(name, call)
 
     def receive(self, name: str, call: Call) -> None:
         """Count a call and hand it on, unless it is a recomputation."""

@@ -6,7 +6,7 @@ the weights that come of it to their product with the values, which may stay unk
 it was called, so results are bit-identical; it is left when the module returns, and with it goes what was remembered.
 Never in compiled code, where modes change what is compiled.
 
-Layer 3: imports capture.algebra, current, discovery and taps.
+Layer 3: imports capture.algebra, current, discovery, taps and unseen.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .algebra import Product, heads_of, like_keys, product_of, scaled, tokens_of
 from .discovery import is_compiled
 from .gradients import SOFTCAP, KeySource
 from .taps import SWITCH, failed, place_of, skip, tap
+from .unseen import unseen
 
 WAY = "matmul and softmax by hand, eager"
 SDPA_WAY = "torch's scaled_dot_product_attention"
@@ -90,7 +91,7 @@ class _Follower(TorchFunctionMode):
     def leave(self) -> bool:
         """Take this mode off the stack, if it is on top of this thread's; nobody else's is ever taken off."""
         self.frame.products.clear()
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), unseen():
             self._settle(None)
         depth = torch._C._len_torch_function_stack()
         if not depth or torch._C._get_function_stack_at(depth - 1) is not self:
@@ -108,16 +109,19 @@ class _Follower(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         try:
             if mine and name in _SOFTMAX and args and isinstance(args[0], Tensor):
-                self._softmax(args[0], given.get("dim", args[1] if len(args) > 1 else -1))
+                with unseen():
+                    self._softmax(args[0], given.get("dim", args[1] if len(args) > 1 else -1))
             elif mine and func is _SDPA:
-                take_sdpa(self.frame.module, args, given, shape=self.frame.shape)
+                with unseen():
+                    take_sdpa(self.frame.module, args, given, shape=self.frame.shape)
         except Exception as error:  # Whatever goes wrong, training goes on.
             failed(self.frame.module, error)
         out = func(*args, **given)
         if mine and isinstance(out, Tensor) and out.dim() > 2:
             try:
-                if self.frame.awaiting is None or not self._towards_values(name, args, out):
-                    self._follow(name, args, given, out)
+                with unseen():
+                    if self.frame.awaiting is None or not self._towards_values(name, args, out):
+                        self._follow(name, args, given, out)
             except Exception as error:
                 failed(self.frame.module, error)
         return out

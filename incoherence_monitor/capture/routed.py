@@ -5,7 +5,7 @@ the original function untouched, at the price of one flag test; armed, it return
 and value (after rotary embedding and QK-norm, before `repeat_kv`) and then calls the original function with what it was
 given (CAPTURE.md, "one interception point").
 
-Layer 3: imports capture.taps; transformers inside functions.
+Layer 3: imports capture.taps and unseen; transformers inside functions.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from ..errors import MissingDependencyError
 from .taps import SLOT, SWITCH, failed, tap
+from .unseen import unseen
 
 _NAMES = ("module", "query", "key", "value", "attention_mask")
 
@@ -51,7 +52,8 @@ def _tapped(function: Any, *args: Any, **kwargs: Any) -> Any:
             _take(function, module, args, kwargs)
         else:
             try:
-                _take(function, module, args, kwargs)
+                with unseen():
+                    _take(function, module, args, kwargs)
             except Exception as error:  # Whatever goes wrong, training goes on.
                 failed(module, error)
     return function(*args, **kwargs)

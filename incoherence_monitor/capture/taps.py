@@ -5,7 +5,7 @@ lies beside the module; its presence is what Dynamo guards on, which gives two c
 armed graph the tap is an opaque custom operator that reads the place's number from the slot: a graph shared by several
 layers then needs no compilation for each.
 
-Layer 3: imports capture.algebra, base, discovery, gradients, masks and operators.
+Layer 3: imports capture.algebra, base, discovery, gradients, masks, operators and unseen.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .discovery import Found
 from .gradients import KeySource, Listening, autocast_to, not_invariant
 from .masks import TELLING, causal_by, tokens
 from .operators import CACHE, Call, numbered_slot
+from .unseen import unseen
 
 SLOT = "_incoherence_slot"
 ROUTED = "transformers' attention interface"
@@ -233,24 +234,25 @@ def tap(
     place = place_of(module)
     if place is None:
         return
-    try:
-        reason = why_not(module, query, key)
-        if reason is not None:
-            skip(module, reason)
+    with unseen():
+        try:
+            reason = why_not(module, query, key)
+            if reason is not None:
+                skip(module, reason)
+                return
+            batch, _, length, dim = query.shape
+            if seen is None:
+                seen = CACHE(mask, kwargs or {}, batch=batch, length=length, device=query.device)
+            if causal is None:
+                causal = causal_by(mask, batch=batch, length=length, device=query.device)
+            factor = dim**-0.5 if scale is None else float(scale)
+            # A gradient of what serves as keys and values both is not that of the keys.
+            source = source or KeySource(key.detach() if value is key else key)
+            call = Call(query, key, value, factor, *seen, causal, way, cast=cast, bent=bent, source=source)
+        except Exception as error:  # Whatever goes wrong, training goes on.
+            failed(module, error)
             return
-        batch, _, length, dim = query.shape
-        if seen is None:
-            seen = CACHE(mask, kwargs or {}, batch=batch, length=length, device=query.device)
-        if causal is None:
-            causal = causal_by(mask, batch=batch, length=length, device=query.device)
-        factor = dim**-0.5 if scale is None else float(scale)
-        # A gradient of what serves as keys and values both is not that of the keys.
-        source = source or KeySource(key.detach() if value is key else key)
-        call = Call(query, key, value, factor, *seen, causal, way, cast=cast, bent=bent, source=source)
-    except Exception as error:  # Whatever goes wrong, training goes on.
-        failed(module, error)
-        return
-    place.hand_on(call)
+        place.hand_on(call)
 
 
 def skip(module: nn.Module, reason: str) -> None:

@@ -141,15 +141,23 @@ def compute(
     ridged = (key_gram_BGDD, wide_BGDD, _FIRST_RIDGE, dim)
     launch("ridged_kernel", key_gram_BGDD, of_key, *ridged, tiled=True, SCALED=True)
     factor_BGDD, inverse_BGDD = _factor(wide_BGDD)
+    # Matrices are let go of as soon as they have been used: together they are several times what has been read.
+    inverse_BGDD = inverse_BGDD.contiguous()
     white_BGDD = _new(keys, *of_keys, dim, dim)
-    whitening = (mean_BG2D, key_gram_BGDD, inverse_BGDD.contiguous(), white_BGDD)
+    whitening = (mean_BG2D, key_gram_BGDD, inverse_BGDD, white_BGDD)
     on_tokens("whitened_kernel", keys, valid, windows, whitening, tiled=True)
     launch("ridged_kernel", white_BGDD, of_key, white_BGDD, wide_BGDD, _SECOND_RIDGE, dim, tiled=True, SCALED=False)
+    del whitening, white_BGDD, ridged
     second_BGDD, second_inverse_BGDD = _factor(wide_BGDD)
-    factor_BGDD, inverse_BGDD = factor_BGDD @ second_BGDD, second_inverse_BGDD @ inverse_BGDD
+    del wide_BGDD
+    factor_BGDD = factor_BGDD @ second_BGDD
+    del second_BGDD
+    inverse_BGDD = second_inverse_BGDD @ inverse_BGDD
+    del second_inverse_BGDD
     leverage_BG3 = _new(keys, *of_keys, 3)
     of_leverage = (mean_BG2D, key_gram_BGDD, inverse_BGDD, leverage_BG3)
     on_tokens("forms_kernel", keys, valid, windows, of_leverage, group=1, WHITE=True)
+    del of_leverage, inverse_BGDD
     valued = value_norms_BG4 is not None
     key_statistics_SBG = _new(keys, 4 if valued else 3, *of_keys)
     summed = (key_gram_BGDD, norms_BG4, value_norms_BG4 if valued else norms_BG4, leverage_BG3)
@@ -162,7 +170,11 @@ def compute(
     launch("spread_kernel", query_gram_BQDD, of_query, *spread, tiled=True)
     # As R A R is symmetric, C^T A C is the transpose of its product with the factor, times the factor.
     half_BGRDD = (spread_BQDD.view(*of_keys, group * dim, dim) @ factor_BGDD).view(*of_keys, group, dim, dim)
-    core_BGXD = half_BGRDD.mT.reshape(*of_keys, group * dim, dim) @ factor_BGDD
+    del spread, spread_BQDD
+    half_BGXD = half_BGRDD.mT.reshape(*of_keys, group * dim, dim)
+    del half_BGRDD
+    core_BGXD = half_BGXD @ factor_BGDD
+    del half_BGXD, factor_BGDD
     core_BQDD, query_statistics_SBQ = _new(keys, *of_queries, dim, dim), _new(keys, 5, *of_queries)
     known = (query_gram_BQDD, key_gram_BGDD, norms_BG4, columns_BQ3, core_BGXD)
     results = (query_statistics_SBQ, core_BQDD)
