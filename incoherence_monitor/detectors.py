@@ -17,76 +17,44 @@ A rule judges a stream only once the baseline has earned it: it must hold enough
 must have been about as good as its scale claims. Early in training, statistics bend faster than any line; a baseline
 that is armed by count alone then cries wolf, and one that is armed by its record waits until the bend is over.
 
-Layer 2: imports baseline, layerwise, modelwide and vectors (the sideways edges), config, records and verdict.
+Layer 2: imports baseline, layerwise, modelwide, thresholds and vectors (the sideways edges), config, records and
+verdict.
 """
 
 from __future__ import annotations
 
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from .baseline import ARMED_FROM, MAD_TO_SIGMA, Baseline, Prediction
+from .baseline import ARMED_FROM, MAD_TO_SIGMA, NEWEST_LEFT_OUT, Baseline, Prediction
 from .config import MonitorConfig
 from .layerwise import Layerwise
 from .modelwide import Modelwide
 from .records import BoolArray, FloatArray, IntArray, Layout
+from .thresholds import (
+    ALONE_TAIL,
+    LAYER_TAIL_RATE,
+    LAYER_TAIL_START,
+    PRIOR_LEVEL,
+    SETTLED_FROM,
+    SETTLING,
+    SMALL_COHORT,
+    TAIL_RATE,
+    TAIL_START,
+    TAILS,
+    alone_tail,
+    quantiles,
+)
 from .vectors import EXCURSION_FROM, Evidence, Levels, Trust, Vectors
 from .verdict import Verdict
 
-SMALL_COHORT = 8
-"""Below this many heads there is no cohort to compare with: a head is judged by its own past alone, and as the model of
-samples that lie apart alone (modelwide.py): nothing else takes out of it how learning bends."""
 COHORT_SPREAD = 3.0
 """How much the present spread of a cohort counts for in the scale of its heads' deviations."""
-TAIL_START, TAIL_RATE = 0.1, 0.45
-"""The largest evidence of a family of n streams passes start + rate * log(N) / q(n) times its usual value once in N
-samples of a healthy run, q being the normal quantile: the maximum of many varies less, in proportion, than of few.
-Heads reorganise in healthy runs too, so the tail is that of an exponential, not of noise (docs/detection.md)."""
-TAILS = {
-    "query_participation_rank": 2.2,
-    **dict.fromkeys(("query_weight_norm", "key_weight_norm"), 1.3),
-    "value_weight_norm": 1.6,
-    **dict.fromkeys(("query_weight_peak", "key_weight_peak", "value_weight_peak"), 1.2),
-    **{f"{side}_update_{what}": 0.85 for side in ("query", "key", "value") for what in ("ratio", "turn")},
-}
-"""Statistics whose largest evidence passes its usual value by this much more, or less. The queries of a head turn to
-another number of directions within a few samples, in healthy runs, far beyond what any other statistic does; weights
-hardly move but those of the few heads that learn something new. How weights move is the optimizer's, and much alike for
-all heads; for a layer's this has no factor, since what is told of one is critical."""
-LAYER_TAIL_START, LAYER_TAIL_RATE = 0.1, 0.38
-"""As for heads, for the layers of a family."""
-ALONE_TAIL = 1.6
-"""What thresholds of heads, of layers and of the model are multiplied by where they rest on fewer heads than a cohort:
-a head's own line forecasts less well than a cohort does, and learning stays in it (docs/detection.md)."""
-SETTLING = tuple(f"{side}_weight_{what}" for side in ("query", "key", "value") for what in ("norm", "peak"))
-SETTLED_FROM = 40
-"""Samples that a baseline of the size or peak of weights needs before anything is judged by it. Heads that specialise
-early in training grow for some 30 samples in a row, and a line through fewer than these has not seen it."""
-PRIOR_LEVEL = 0.6
-"""First guess of a family's usual largest evidence, in units of the normal quantile of its number of heads."""
 LEARNED_BELOW = 5.0
 """Deviation beyond which a sample does not enter its baseline, whatever the evidence."""
-
-
-def normal_threshold(tests_per_false_alarm: float) -> float:
-    """Two-sided threshold that normal noise crosses once in so many tests, in standard deviations."""
-    return NormalDist().inv_cdf(1 - 0.5 / max(tests_per_false_alarm, 2.0))
-
-
 EARLY_STEPS = 100
 """Before this training step no layer, nor the model, is judged as one: learning begins with all heads moving."""
-
-
-def _quantiles(sizes: list[int]) -> FloatArray:
-    """Normal quantile of the largest of so many, for each size."""
-    return np.array([normal_threshold(max(2, size)) for size in sizes])
-
-
-def _alone_tail(heads: int) -> float:
-    """What the threshold of something that rests on so many heads is multiplied by."""
-    return ALONE_TAIL if heads < SMALL_COHORT else 1.0
 
 
 class DriftDetector:
@@ -147,15 +115,15 @@ class DriftDetector:
         for name in SETTLING:
             if name in layout.slices:
                 self.armed_from[layout.slices[name]] = min(SETTLED_FROM, self.config.baseline_samples)
-        quantile = _quantiles([len(members) for members in self._families])
-        layers = _quantiles([len(np.unique(layout.stream_layer[members])) for members in self._families])
+        quantile = quantiles([len(members) for members in self._families])
+        layers = quantiles([len(np.unique(layout.stream_layer[members])) for members in self._families])
         self._prior, self._layer_prior = PRIOR_LEVEL * quantile, PRIOR_LEVEL * layers
         every = self.config.false_alarm_every
         rare = np.log(every * max(1, len(quantile)))
         self._tail = np.array(tails) * (TAIL_START + TAIL_RATE * rare / quantile)
         self._layer_tail = np.maximum(tails, 1.0) * (LAYER_TAIL_START + LAYER_TAIL_RATE * rare / layers)
         heads = [int(self.judged_as_one[part].sum()) for part in layout.slices.values()]
-        self._model_threshold = self.modelwide.threshold * np.array([_alone_tail(number) for number in heads])
+        self._model_threshold = self.modelwide.threshold * np.array([alone_tail(number) for number in heads])
 
     @property
     def threshold(self) -> FloatArray:
@@ -266,12 +234,13 @@ class DriftDetector:
         """Those of the cells and statistics under alarm of which most heads are where their baselines have not been.
 
         A line that was drawn through an excursion which is over expects its trend to go on: what comes back to where it
-        was before leaves the line, and nothing is broken.
+        was before leaves the line, and nothing is broken. Of a layer the newest samples do not count, as for its line;
+        of the model, out of which no cohort takes learning, they do.
         """
         if not (layers.any() or model.any()):
             return layers, model
         judged = self.judged & known
-        layers = layers & self.layerwise.mostly(self.baseline.outside(log_values), judged)
+        layers = layers & self.layerwise.mostly(self.baseline.outside(log_values, left_out=NEWEST_LEFT_OUT), judged)
         outside, judged = self.modelwide.lines(self.baseline).outside(log_values), self.judged_as_one & known
         parts = [(outside & judged)[part].sum() > 0.5 * judged[part].sum() for part in self.layout.slices.values()]
         return layers, model & np.array(parts)

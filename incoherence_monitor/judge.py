@@ -2,7 +2,8 @@
 
 What is judged is what the history holds, in its precision, so that a recorded run gives the same alerts again.
 
-Layer 3: imports alerts, commands, detectors, episodes, findings, sums, verdict.
+Layer 3: imports alerts, commands, detectors, episodes, findings, sums, thresholds,
+verdict.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from .alerts import AlertBook
 from .commands import Checkpoints, Command, Mute, Mutes, to_dict
 from .config import MonitorConfig
 from .coverage import ALL_ARMED
-from .detectors import SMALL_COHORT, DriftDetector
+from .detectors import DriftDetector
 from .episodes import Settling, near_bounds
 from .findings import find, without
 from .modelwide import SPACING
 from .records import Alert, BoolArray, Event, FloatArray, IntArray, Layout, RecordedSample, rearrange
 from .sums import SampleSums
+from .thresholds import SMALL_COHORT
 from .verdict import Verdict
 
 RUNAWAY_LOGITS = 15.0

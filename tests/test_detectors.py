@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from incoherence_monitor import MonitorConfig
 from incoherence_monitor.baseline import Baseline
-from incoherence_monitor.detectors import DriftDetector, normal_threshold
+from incoherence_monitor.detectors import DriftDetector
 from incoherence_monitor.records import LayerInfo, Layout
 from incoherence_monitor.stats import DEFAULT_RECORDED, statistic
 from incoherence_monitor.sums import LEAST
+from incoherence_monitor.thresholds import normal_threshold
 
 OF_BATCHES = tuple(name for name in DEFAULT_RECORDED if statistic(name).source != "weights")
 
@@ -357,7 +358,7 @@ def test_heads_with_a_cohort_are_judged_of_every_sample():
 def test_thresholds_are_higher_where_there_is_no_cohort():
     """By half, beside what their number of heads makes of them; those of twice the heads have a cohort."""
     rule = [DriftDetector(layout_of((LayerInfo("l", 0, n, n, 16, window=64),)), MonitorConfig()) for n in (7, 8)]
-    plain = [0.6 * (0.1 * q + 0.48 * np.log(5000 * 7)) for q in (normal_threshold(7), normal_threshold(8))]
+    plain = [0.6 * (0.1 * q + 0.45 * np.log(5000 * 7)) for q in (normal_threshold(7), normal_threshold(8))]
     np.testing.assert_allclose(rule[0].threshold[0] / rule[1].threshold[0], 1.5 * plain[0] / plain[1])
 
 

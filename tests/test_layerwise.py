@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from incoherence_monitor import MonitorConfig, detectors
+from incoherence_monitor.baseline import Baseline
 from incoherence_monitor.commands import Mute
 from incoherence_monitor.detectors import DriftDetector
 from incoherence_monitor.judge import Judge
@@ -189,3 +190,54 @@ def test_heads_that_drift_together_early_are_no_critical_layer(monkeypatch):
         found = told(values)[1]
         assert {alert.kind for alert in found} == told_as
         assert {alert.severity for alert in found} == ({"warning"} if start < 100 else {"critical"})
+
+
+@pytest.mark.parametrize(("level", "alarm"), [(0.0, False), (-0.3, True)])
+def test_a_layer_that_comes_back_to_where_it_was_is_not_told(level, alarm):
+    """The line through an excursion that is over expects more of it; what lies where the baseline has been is fine."""
+    detector, streams = DriftDetector(LAYOUT, MonitorConfig()), heads_of("key_norm", 2)
+    before = noise(40) / 10
+    before[26:, streams] += 0.3
+    for at, row in enumerate(before):
+        detector.baseline.push(row, at, np.ones(LAYOUT.size, dtype=bool))
+    detector.trust.earned[:] = True
+    after = noise(12, seed=1) / 20
+    after[:, streams] += level
+    _, verdicts = run(after, detector, start=40)
+    assert max(abs(verdict.layer_evidence[AT, 2]) for verdict in verdicts) > 1
+    assert any(verdict.layer_alarm[AT, 2] for verdict in verdicts) == alarm
+    everything = [each for verdict in verdicts for each in np.flatnonzero(verdict.layer_alarm.any(axis=0))]
+    assert set(everything) <= {2}
+
+
+@pytest.mark.parametrize(("level", "alarm"), [(0.0, False), (-0.3, True)])
+def test_so_with_the_model(level, alarm):
+    detector = DriftDetector(LAYOUT, MonitorConfig())
+    before = noise(40) / 10
+    before[26:, KEY_NORM] += 0.3
+    for at, row in enumerate(before):
+        detector.baseline.push(row, at, np.ones(LAYOUT.size, dtype=bool))
+    detector.modelwide.trust.earned[:] = True
+    after = noise(12, seed=1) / 20
+    after[:, KEY_NORM] += level
+    _, verdicts = run(after, detector, start=40)
+    assert max(abs(verdict.model_evidence[AT]) for verdict in verdicts) > 1
+    assert any(verdict.model_alarm[AT] for verdict in verdicts) == alarm
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.integers(0, 60))
+def test_what_lies_outside_of_a_baseline_is_its_definition(seed, samples):
+    random = np.random.default_rng(seed)
+    baseline, kept = Baseline(5, 28), [list[float]() for _ in range(5)]
+    for tick in range(samples):
+        values, keep = random.normal(size=5), random.random(5) < 0.7
+        baseline.push(values, tick, keep)
+        for stream in np.flatnonzero(keep):
+            kept[stream].append(float(np.float32(values[stream])))
+    new = random.normal(size=5)
+    new[0] = np.nan
+    for left_out in (0, 4):
+        held = [each[-28:][: len(each[-28:]) - left_out] for each in kept]
+        expected = [bool(x == x and (not h or x < min(h) or x > max(h))) for x, h in zip(new, held, strict=True)]
+        assert baseline.outside(new, left_out=left_out).tolist() == expected
