@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from incoherence_monitor import MonitorConfig
-from incoherence_monitor.baseline import Baseline
+from incoherence_monitor.baseline import ARMED_FROM, Baseline
 from incoherence_monitor.detectors import DriftDetector
 from incoherence_monitor.records import LayerInfo, Layout
 from incoherence_monitor.stats import DEFAULT_RECORDED, statistic
 from incoherence_monitor.sums import LEAST
-from incoherence_monitor.thresholds import normal_threshold
+from incoherence_monitor.thresholds import SETTLED_FROM, SETTLING, normal_threshold
 
 OF_BATCHES = tuple(name for name in DEFAULT_RECORDED if statistic(name).source != "weights")
 
@@ -356,10 +356,29 @@ def test_heads_with_a_cohort_are_judged_of_every_sample():
 
 
 def test_thresholds_are_higher_where_there_is_no_cohort():
-    """By half, beside what their number of heads makes of them; those of twice the heads have a cohort."""
+    """By six tenths, beside what their number of heads makes of them; those of twice the heads have a cohort."""
     rule = [DriftDetector(layout_of((LayerInfo("l", 0, n, n, 16, window=64),)), MonitorConfig()) for n in (7, 8)]
     plain = [0.6 * (0.1 * q + 0.45 * np.log(5000 * 7)) for q in (normal_threshold(7), normal_threshold(8))]
-    np.testing.assert_allclose(rule[0].threshold[0] / rule[1].threshold[0], 1.5 * plain[0] / plain[1])
+    np.testing.assert_allclose(rule[0].threshold[0] / rule[1].threshold[0], 1.6 * plain[0] / plain[1])
+
+
+def test_sizes_of_weights_are_judged_from_a_full_baseline():
+    """Heads that specialise early grow for as long as others need to be armed."""
+    layers = tuple(LayerInfo(f"layer{at}", at, 8, 8, 16, window=64) for at in range(2))
+    layout = Layout(layers, DEFAULT_RECORDED)
+    values = noise(60, layout=layout)
+    _, verdicts = run(values, layout=layout)
+    armed = {
+        name: [at for at, verdict in enumerate(verdicts) if verdict.armed[part].any()]
+        for name, part in layout.slices.items()
+    }
+    assert set(SETTLING) < set(layout.slices)
+    for name in layout.slices:
+        first = min(armed[name], default=None)
+        if name in SETTLING:
+            assert SETTLED_FROM <= first < SETTLED_FROM + 4, name
+        elif first is not None:
+            assert ARMED_FROM <= first < SETTLED_FROM, name
 
 
 def test_steps_that_begin_anew_are_judged_at_once():
