@@ -25,7 +25,7 @@ import numpy as np
 from incoherence_monitor import MonitorConfig
 from incoherence_monitor.detectors import still_departs
 from incoherence_monitor.judge import Judge
-from incoherence_monitor.records import Alert, LayerInfo, Layout
+from incoherence_monitor.records import Alert, BoolArray, LayerInfo, Layout
 from incoherence_monitor.stats import DEFAULT_ALERTING, statistic
 from incoherence_monitor.sums import SampleSums
 
@@ -67,15 +67,16 @@ class Replay:
     def feed(self, logs: FloatArray, step: int) -> None:
         """Judge the sample of a training step, [S] log values.
 
-        Its score is the largest evidence over its threshold, where the sample itself still departs to that side.
+        Its score is the largest evidence over its threshold, where the sample itself still departs to that side and,
+        of a layer or the model beyond its threshold, where it is on new ground.
         """
         known = np.isfinite(logs)
         sums = SampleSums(self._layout, np.where(known, logs, 0), known.astype(np.float64), np.zeros(len(logs)), 0)
         judged = self._judge.judge(sums, step=step)
         verdict = judged.verdict
         heads = _where_it_lasts(verdict.evidence, verdict.deviation)
-        layers = _where_it_lasts(verdict.layer_evidence, verdict.layer_deviation)
-        model = _where_it_lasts(verdict.model_evidence, verdict.model_deviation)
+        layers = _where_it_lasts(verdict.layer_evidence, verdict.layer_deviation, verdict.layer_alarm)
+        model = _where_it_lasts(verdict.model_evidence, verdict.model_deviation, verdict.model_alarm)
         best, best_layer, best_model = (
             float(np.nanmax(part)) if np.isfinite(part).any() else -math.inf for part in (heads, layers, model)
         )
@@ -119,9 +120,12 @@ def replayed(layout: Layout, logs: FloatArray, config: MonitorConfig, key: str, 
     return replay
 
 
-def _where_it_lasts(evidence: FloatArray, deviation: FloatArray) -> FloatArray:
+def _where_it_lasts(evidence: FloatArray, deviation: FloatArray, alarm: BoolArray | None = None) -> FloatArray:
     """Size of the evidence, 0 where this sample does not bear it out; NaN where not judged."""
-    lasting = np.where(still_departs(deviation, evidence), np.abs(evidence), 0.0)
+    size = np.abs(evidence)
+    lasting = np.where(still_departs(deviation, evidence), size, 0.0)
+    if alarm is not None:
+        lasting = np.where((lasting > 1) & ~alarm, 0.0, lasting)
     return np.where(np.isfinite(evidence), lasting, np.nan)
 
 
