@@ -57,16 +57,14 @@ class Observations:
             handed = [None if each is None else each.detach() for each in (query, key, value)]
             torch.ops.incoherence_monitor.observed(name, *handed, valid, starts, self._slot, factor, causal)
             return
-        with unseen():
-            try:
+        try:
+            with unseen():
                 factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
                 source = KeySource(key.detach() if value is key else key)
                 cast = autocast_to(query.device.type)
-                call = Call(query, key, value, factor, valid, starts, causal, cast=cast, source=source)
-            except Exception as error:  # Whatever goes wrong, training goes on.
-                self._on_error(name, error)
-                return
-            self.receive(name, call)
+                self.receive(name, Call(query, key, value, factor, valid, starts, causal, cast=cast, source=source))
+        except Exception as error:  # Whatever goes wrong, training goes on.
+            self._on_error(name, error)
 
     def receive(self, name: str, call: Call) -> None:
         """Count a call and hand it on, unless it is a recomputation."""

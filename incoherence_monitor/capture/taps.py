@@ -234,8 +234,8 @@ def tap(
     place = place_of(module)
     if place is None:
         return
-    with unseen():
-        try:
+    try:
+        with unseen():
             reason = why_not(module, query, key)
             if reason is not None:
                 skip(module, reason)
@@ -248,11 +248,9 @@ def tap(
             factor = dim**-0.5 if scale is None else float(scale)
             # A gradient of what serves as keys and values both is not that of the keys.
             source = source or KeySource(key.detach() if value is key else key)
-            call = Call(query, key, value, factor, *seen, causal, way, cast=cast, bent=bent, source=source)
-        except Exception as error:  # Whatever goes wrong, training goes on.
-            failed(module, error)
-            return
-        place.hand_on(call)
+            place.hand_on(Call(query, key, value, factor, *seen, causal, way, cast=cast, bent=bent, source=source))
+    except Exception as error:  # Whatever goes wrong, training goes on.
+        failed(module, error)
 
 
 def skip(module: nn.Module, reason: str) -> None:
