@@ -94,17 +94,16 @@ class Baseline(Vectors):
             value[members], scale[members] = _fit(values, self.ticks[first, positions], tick)
         return Prediction(value, scale)
 
-    def outside(self, values: FloatArray, *, left_out: int = 0) -> BoolArray:
-        """Which values lie beyond all that their streams hold, [S].
+    def outside(self, values: FloatArray) -> BoolArray:
+        """Which values lie beyond all that their streams' lines are drawn through, [S].
 
         Args:
             values: [S] logarithms; NaN lies nowhere.
-            left_out: of how many of the newest samples held this does not count.
         """
         capacity = self.values.shape[1]
         places = np.arange(capacity)
         age = (self.count[:, None] - 1 - places) % capacity
-        used = (places < self.count[:, None]) & (age >= left_out)
+        used = (places < self.count[:, None]) & (age >= NEWEST_LEFT_OUT)
         least = np.where(used, self.values, np.inf).min(axis=1)
         most = np.where(used, self.values, -np.inf).max(axis=1)
         beyond: BoolArray = (values < least) | (values > most)

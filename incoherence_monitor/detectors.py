@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from .baseline import ARMED_FROM, MAD_TO_SIGMA, NEWEST_LEFT_OUT, Baseline, Prediction
+from .baseline import ARMED_FROM, MAD_TO_SIGMA, Baseline, Prediction
 from .config import MonitorConfig
 from .layerwise import Layerwise
 from .modelwide import Modelwide
@@ -234,13 +234,12 @@ class DriftDetector:
         """Those of the cells and statistics under alarm of which most heads are where their baselines have not been.
 
         A line that was drawn through an excursion which is over expects its trend to go on: what comes back to where it
-        was before leaves the line, and nothing is broken. Of a layer the newest samples do not count, as for its line;
-        of the model, out of which no cohort takes learning, they do.
+        was before leaves the line, and nothing is broken.
         """
         if not (layers.any() or model.any()):
             return layers, model
         judged = self.judged & known
-        layers = layers & self.layerwise.mostly(self.baseline.outside(log_values, left_out=NEWEST_LEFT_OUT), judged)
+        layers = layers & self.layerwise.mostly(self.baseline.outside(log_values), judged)
         outside, judged = self.modelwide.lines(self.baseline).outside(log_values), self.judged_as_one & known
         parts = [(outside & judged)[part].sum() > 0.5 * judged[part].sum() for part in self.layout.slices.values()]
         return layers, model & np.array(parts)
