@@ -157,7 +157,7 @@ def test_the_plan_is_deterministic_and_keeps_tune_and_held_out_apart():
     by_name = {run.name: run for run in runs_of}
     for run in runs_of:
         assert not run.parent or by_name[run.parent].split == run.split
-        assert (run.seed >= 4000) == (run.split == "held-out") == (rounds.split_of(run.seed) == "held-out")
+        assert (run.seed >= 5100) == (run.split == "held-out") == (rounds.split_of(run.seed) == "held-out")
         if run.role == "fault":
             fault = faults.BY_NAME[run.what]
             assert run.split == "held-out" or fault.declared != rounds.LATEST

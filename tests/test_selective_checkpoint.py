@@ -13,7 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from incoherence_monitor import IncoherenceMonitor, MonitorConfig, computing
-from tests.models import batches, tiny_model
+
+from .models import batches, tiny_model
 
 aten = torch.ops.aten
 PRODUCTS = [aten.mm.default, aten.bmm.default, aten.addmm.default]

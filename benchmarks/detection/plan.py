@@ -23,7 +23,8 @@ FORKED = ("fault", "event")
 HEALTHY: dict[Round, dict[str, int]] = {
     "first": {"learned": 7, "gqa": 4, "qknorm": 5, "sliding": 3, "large": 2, "lora": 3},
     "second": {"learned": 10, "gqa": 6, "qknorm": 8, "sliding": 5, "large": 3, "lora": 4},
-    "calibration": {"learned": 8, "gqa": 6, "qknorm": 6, "sliding": 5, "large": 2, "lora": 3},
+    # Its 30 runs are planned no longer: the healthy runs of later rounds do what they were for.
+    "calibration": {},
     "third": {"learned": 10, "gqa": 7, "qknorm": 8, "sliding": 6, "large": 4, "lora": 5},
     "fourth": {"learned": 10, "gqa": 7, "qknorm": 8, "sliding": 6, "large": 4, "lora": 5},
     "fifth": {"learned": 10, "gqa": 7, "qknorm": 8, "sliding": 6, "large": 4, "lora": 5},
