@@ -81,49 +81,38 @@ def test_what_is_more_than_may_be_held_is_finished_at_once(finished, monkeypatch
     assert finished == [[1, 2], [3]]
 
 
+def of_five_layers(monkeypatch, name, error, fails):
+    """What comes of five layers where a function of the module fails for some of what it is given."""
+    whole = getattr(together, name)
+
+    def failing(given):
+        if fails(given):
+            raise error
+        return whole(given)
+
+    monkeypatch.setattr(together, name, failing)
+    sample = Together()
+    futures = [sample.add(begun(mark), None) for mark in range(1, 6)]
+    arrive(sample.seal())
+    return marks(futures)
+
+
 def test_memory_for_some_layers_is_enough_for_all(finished, monkeypatch):
-    whole = together.finish
-
-    def finish(group):
-        if len(group) > 2:
-            raise torch.OutOfMemoryError("a card with room for two layers at a time")
-        return whole(group)
-
-    monkeypatch.setattr(together, "finish", finish)
-    sample = Together()
-    futures = [sample.add(begun(mark), None) for mark in range(1, 6)]
-    arrive(sample.seal())
-    assert marks(futures) == [1, 2, 3, 4, 5]
+    error = torch.OutOfMemoryError("a card with room for two layers at a time")
+    assert of_five_layers(monkeypatch, "finish", error, lambda group: len(group) > 2) == [1, 2, 3, 4, 5]
 
 
-def test_one_layer_that_fails_takes_none_with_it(finished, monkeypatch):
-    whole = together.finish
-
-    def finish(group):
-        if any(each.keys.flatten()[0] == 3 for each in group):
-            raise ValueError("not this one")
-        return whole(group)
-
-    monkeypatch.setattr(together, "finish", finish)
-    sample = Together()
-    futures = [sample.add(begun(mark), None) for mark in range(1, 6)]
-    arrive(sample.seal())
-    assert marks(futures) == [1, 2, ValueError, 4, 5]
-
-
-def test_one_layer_whose_eigenvalues_fail_takes_none_with_it(finished, monkeypatch):
-    whole = together.unpacked
-
-    def unpacked(tensors):
-        if (tensors["key_norm"] == 3).any():
-            raise ValueError("not this one")
-        return whole(tensors)
-
-    monkeypatch.setattr(together, "unpacked", unpacked)
-    sample = Together()
-    futures = [sample.add(begun(mark), None) for mark in range(1, 6)]
-    arrive(sample.seal())
-    assert marks(futures) == [1, 2, ValueError, 4, 5]
+@pytest.mark.parametrize(
+    ("name", "fails"),
+    [
+        ("finish", lambda group: any(each.keys.flatten()[0] == 3 for each in group)),
+        ("unpacked", lambda tensors: (tensors["key_norm"] == 3).any()),
+    ],
+    ids=["finish", "unpacked"],
+)
+def test_one_layer_that_fails_takes_none_with_it(finished, monkeypatch, name, fails):
+    found = of_five_layers(monkeypatch, name, ValueError("not this one"), fails)
+    assert found == [1, 2, ValueError, 4, 5]
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])

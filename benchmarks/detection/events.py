@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -122,36 +123,17 @@ def _length(tokens: int) -> Callable[[Training], Injector]:
     return lambda training: _Change(lambda: setattr(training.batches, "length", tokens))
 
 
-def _decay(training: Training) -> Injector:
-    def change() -> None:
-        for group in training.optimizer.param_groups:
-            group["weight_decay"] *= 10
+def _setting(name: str, change: Callable[[Any], Any]) -> Callable[[Training], Injector]:
+    """A setting of the optimizer's becomes what `change` makes of it, in every group of parameters."""
 
-    return _Change(change)
+    def make(training: Training) -> Injector:
+        def set_all() -> None:
+            for group in training.optimizer.param_groups:
+                group[name] = change(group[name])
 
+        return _Change(set_all)
 
-def _no_decay(training: Training) -> Injector:
-    def change() -> None:
-        for group in training.optimizer.param_groups:
-            group["weight_decay"] = 0.0
-
-    return _Change(change)
-
-
-def _first_moment(training: Training) -> Injector:
-    def change() -> None:
-        for group in training.optimizer.param_groups:
-            group["betas"] = (0.8, group["betas"][1])
-
-    return _Change(change)
-
-
-def _second_moment(training: Training) -> Injector:
-    def change() -> None:
-        for group in training.optimizer.param_groups:
-            group["betas"] = (group["betas"][0], 0.95)
-
-    return _Change(change)
+    return make
 
 
 def _hurry(training: Training) -> Injector:
@@ -175,16 +157,19 @@ EVENTS: tuple[Event, ...] = (
     Event("mixed_data", "every other batch is of another text from here on", "third", _Mixture),
     Event("length_192", "sequences of 128 become 192 tokens, windows stay 128", "third", _length(192)),
     Event("rate_x0.6", "the learning rate steps to 0.6 of the schedule", "third", lambda training: _Rate(0.6)),
-    Event("decay_x10", "the weight decay becomes ten times as large", "third", _decay),
+    Event("decay_x10", "the weight decay becomes ten times as large", "third",
+          _setting("weight_decay", lambda decay: 10 * decay)),
     Event("rate_x1.5", "the learning rate steps to 1.5 times the schedule", "fourth", lambda training: _Rate(1.5)),
     Event("batch_6", "batch size 8 becomes 6", "fourth", _batch(6)),
     Event("visit", "another text for 50 steps, and back", "fourth", _Visit),
     Event("batch_12", "batch size 8 becomes 12", "fifth", _batch(12)),
-    Event("beta2_0.95", "Adam's second moment forgets sooner: 0.99 becomes 0.95", "fifth", _second_moment),
+    Event("beta2_0.95", "Adam's second moment forgets sooner: 0.99 becomes 0.95", "fifth",
+          _setting("betas", lambda betas: (betas[0], 0.95))),
     Event("fewer_steps", "the learning rate falls to the end of its schedule at twice the speed", "fifth", _hurry),
     Event("rate_x0.1", "the learning rate steps to a tenth of the schedule", "sixth", lambda training: _Rate(0.1)),
-    Event("no_decay", "the weight decay becomes zero", "sixth", _no_decay),
-    Event("beta1_0.8", "Adam's first moment forgets sooner: 0.9 becomes 0.8", "sixth", _first_moment),
+    Event("no_decay", "the weight decay becomes zero", "sixth", _setting("weight_decay", lambda decay: 0.0)),
+    Event("beta1_0.8", "Adam's first moment forgets sooner: 0.9 becomes 0.8", "sixth",
+          _setting("betas", lambda betas: (0.8, betas[1]))),
 )  # fmt: skip
 
 BY_NAME: dict[str, Event] = {event.name: event for event in EVENTS}
