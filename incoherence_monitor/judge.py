@@ -2,8 +2,7 @@
 
 What is judged is what the history holds, in its precision, so that a recorded run gives the same alerts again.
 
-Layer 3: imports alerts, commands, detectors, episodes, findings, sums, thresholds,
-verdict.
+Layer 3: imports alerts, commands, detectors, episodes, findings, sums, thresholds, verdict.
 """
 
 from __future__ import annotations

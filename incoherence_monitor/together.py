@@ -138,7 +138,8 @@ class Together:
         try:
             for each in group:
                 if each.stream is not None:
-                    take_over([each.begun.keys, *each.begun.sums, *each.begun.pairs.values()], each.stream)
+                    mine = (each.keep, each.begun.valid, each.begun.keys, *each.begun.sums, *each.begun.pairs.values())
+                    take_over([tensor for tensor in mine if tensor is not None], each.stream)
             tensors = to_be_copied(_kept(group), *finish([each.begun for each in group]))
         except Exception as error:
             half = len(group) // 2
