@@ -4,7 +4,7 @@
 
 One attention call a layer is shown by `IncoherenceMonitor.observe` inside a sampled step, and the sample is judged:
 all that the monitor does but for the gradients. Lengths: one layer; window statistics should not depend
-on it. Apart: the shift residual, which takes the gradients of all keys of as many sequences as there are windows, held
+on it. Apart: the shift residual, which takes the gradients of all keys of a few whole sequences, held
 against the forward and backward of one layer of that width and length (up to --layer-lengths, since attention's cost
 grows with the square), and that of all layers against a whole training step of the models of --shapes. Heads and
 layers: every sample measures all of them. CPU times on one thread, or times of the stream on a GPU.
@@ -25,7 +25,7 @@ from benchmarks import results_file
 from benchmarks.timing import seconds
 from benchmarks.workloads import SHAPES, Shape, Workload, forward_backward
 from incoherence_monitor import IncoherenceMonitor, MonitorConfig
-from incoherence_monitor.ops import shift_residual
+from incoherence_monitor.ops import shift_residual, some_sequences
 
 LENGTHS = (256, 1024, 4096, 16384, 65536, 131072)
 MODELS = ((1, 12), (12, 12), (32, 32), (64, 64), (128, 64))
@@ -122,7 +122,8 @@ def of_steps(names: list[str], *, device: str = "cpu") -> list[dict[str, Any]]:
             forward_backward(work.model, ids)
             work.update()
 
-        size = (min(shape.batch, WINDOWS), shape.length, shape.key_heads, shape.width // shape.heads)
+        read = range(shape.batch)[some_sequences(shape.batch, WINDOWS, shape.dtype, 0.0)]
+        size = (len(read), shape.length, shape.key_heads, shape.width // shape.heads)
         dtype = getattr(torch, shape.dtype)
         # One a layer, as the backward leaves them: together they are out of the cache.
         gradients = [torch.randn(size, device=device, dtype=dtype).transpose(1, 2) for _ in range(shape.layers)]

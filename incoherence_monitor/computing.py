@@ -116,12 +116,12 @@ class Computing:
         portions = self._portions(cut_windows(*heads, windows=chosen.windows), chosen.keep)
         return [part_of(keep, *piece_statistics(pieces, **settings)) for pieces, keep in portions]
 
-    def residuals_of(self, given: AttentionInput, sequences: int) -> Callable[[Tensor], Residuals]:
+    def residuals_of(self, given: AttentionInput, sequences: slice) -> Callable[[Tensor], Residuals]:
         """Prepare for the gradient of a call's keys.
 
         Args:
             given: the call; none of its tensors is held.
-            sequences: of how many the residuals are taken, at most.
+            sequences: of which the residuals are taken.
 
         Returns:
             What makes shift residuals of the gradient [B, Hk, L, d].
@@ -129,7 +129,7 @@ class Computing:
         alike = self._alikeness(given, sequences)
         return partial(self._residuals, given.layer, given.lasting, sequences, alike)
 
-    def _alikeness(self, given: AttentionInput, sequences: int) -> Callable[[], Tensor | None]:
+    def _alikeness(self, given: AttentionInput, sequences: slice) -> Callable[[], Tensor | None]:
         """Which of a call's key heads have values that are too alike for a residual, [Hk]; None if nobody knows."""
         if given.value is None:
             return lambda: None
@@ -141,10 +141,10 @@ class Computing:
         return partial(too_alike, some.clone(), precision)
 
     def _residuals(
-        self, layer: str, lasting: bool, sequences: int, alike: Callable[[], Tensor | None], grad: Tensor
+        self, layer: str, lasting: bool, sequences: slice, alike: Callable[[], Tensor | None], grad: Tensor
     ) -> Residuals:
         sums: Callable[[], GradientSums] | None = None
-        summed = grad[:sequences]
+        summed = grad[sequences]
         if lasting and grad.device.type == "cpu" and summed.numel() > SUMMED_AT_ONCE and spare_core():
             begun = self._begin_in_place(layer, [grad], partial(gradient_sums, summed))
             sums = None if begun is None else begun.result

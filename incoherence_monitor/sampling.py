@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from .capture import AttentionInput
 from .computing import Computing
 from .config import MonitorConfig, check_count
 from .keeping import WindowKeeper
-from .ops import check_shapes
+from .ops import check_shapes, some_sequences
 from .records import LayerInfo, Layout
 from .shares import Shares
 from .stats import statistic
@@ -67,7 +68,7 @@ class WindowSampler:
         self._layout = Layout((), config.recorded)
         self.barren: dict[str, int] = {}
         self._fruitful: set[str] = set()
-        self._step = 0
+        self._step, self._where = 0, 0.0
         self.weighing = Weighing()
         self.aside = Aside()
         self.on_error: Callable[[str, BaseException], None] = _pass_on
@@ -79,6 +80,7 @@ class WindowSampler:
         """Begin a sample; of a probe, always by the same windows."""
         self.weighing.open(step)
         self._step = step if self.config.probe is None else 0
+        self._where = float(np.random.default_rng((self.config.seed, self._step)).random())
         self._open, self._seen, self._sealed = {}, {}, False
         self._computing.together.open()
         self._contexts, self._contexts_before = 0, self._contexts
@@ -134,8 +136,9 @@ class WindowSampler:
                 except Exception as error:  # Of the weights alone: the windows are measured.
                     self.on_error(given.layer, error)
             if given.gradient is not None:
-                # Whole sequences, since the identity holds for no part of one; as many as there are windows.
-                given.gradient(partial(held.take_gradient, self._computing.residuals_of(given, sum(part))))
+                # Whole sequences, since the identity holds for no part of one.
+                some = some_sequences(batch, sum(part), given.precision, self._where)
+                given.gradient(partial(held.take_gradient, self._computing.residuals_of(given, some)))
             chosen = select_windows(
                 batch=batch,
                 length=length,
@@ -193,15 +196,10 @@ class WindowSampler:
         self.skipped = +self.skipped
         layout = self._layout_of_all()
         # None stands for a residual on a device: what lies there is held until it has been copied, no longer.
-        taken = [
-            (
-                layer.info,
-                list(layer.parts),
-                [None if isinstance(each, Tensor) else each for each in layer.residuals],
-                tuple(layer.weights),
-            )
-            for layer in held
-        ]
+        taken = []
+        for layer in held:
+            residuals = [None if isinstance(each, Tensor) else each for each in layer.residuals]
+            taken.append((layer.info, list(layer.parts), residuals, tuple(layer.weights)))
         with torch.no_grad():
             batches = self._computing.together.seal()
         on_device = [tensor for batch in batches for tensor in batch.hand_over()]

@@ -9,8 +9,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from incoherence_monitor.capture import AttentionInput
+from incoherence_monitor.config import MonitorConfig
 from incoherence_monitor.ops import reference
-from incoherence_monitor.ops.shift import FLOOR, shift_residual, shift_vector, some_values, too_alike, values_alike
+from incoherence_monitor.ops.shift import (
+    FLOOR,
+    shift_residual,
+    shift_vector,
+    some_sequences,
+    some_values,
+    too_alike,
+    values_alike,
+)
+from incoherence_monitor.records import LayerInfo
+from incoherence_monitor.sampling import WindowSampler
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(2, 40), st.integers(1, 9))
 
@@ -197,10 +209,47 @@ def test_low_precision_stands_less():
 
 def test_a_few_tokens_of_a_sequence_tell_how_alike_its_values_are():
     value = torch.randn(3, 2, 400, 32, generator=generator(0)) + torch.tensor([0.0, 20.0])[:, None, None]
-    some = some_values(value, 2)
+    some = some_values(value, slice(1, 3))
     assert some.shape == (2, 2, 16, 32)
-    torch.testing.assert_close(values_alike(some), values_alike(value[:2]), rtol=0.1, atol=0)
-    assert some_values(value[:, :, :5], 9).shape == (3, 2, 5, 32)
+    torch.testing.assert_close(values_alike(some), values_alike(value[1:]), rtol=0.1, atol=0)
+    assert some_values(value[:, :, :5], slice(0, 3)).shape == (3, 2, 5, 32)
+
+
+@pytest.mark.parametrize(
+    ("precision", "number"), [("float32", 2), ("float64", 2), ("bfloat16", 6), ("tf32", 6), ("", 6)]
+)
+def test_two_sequences_are_read_in_wide_precision_and_each_comes_in_turn(precision, number):
+    seen = set()
+    for where in (0.0, 0.2, 0.4, 0.6, 0.8, 0.999999):
+        taken = range(8)[some_sequences(8, 6, precision, where)]
+        assert len(taken) == number
+        seen.update(taken)
+    assert seen == set(range(8))
+    assert some_sequences(1, 6, precision, 0.99) == slice(0, 1)
+    assert some_sequences(8, 0, precision, 0.99) == slice(8, 8)
+
+
+@pytest.mark.parametrize("row", range(8))
+def test_an_error_in_one_sequence_alone_is_seen_within_a_few_samples(row):
+    """As of a kernel that is wrong at one place of the batch: no place stays unseen."""
+    found = []
+    sampler = WindowSampler(MonitorConfig(window=32))
+    for step in range(24):
+        asked = []
+        query, key, value = torch.randn(3, 8, 2, 48, 4, generator=generator(step))
+        call = AttentionInput("0", query, key, 0.5, None, 0, value=value, precision="float32", gradient=asked.append)
+        sampler.open(step)
+        sampler.receive(call, lambda call: LayerInfo(call.layer, 0, 2, 2, 4))
+        grad = torch.randn(8, 2, 48, 4, generator=generator(step), dtype=torch.float64)
+        grad -= grad.mean(dim=2, keepdim=True)
+        grad[row] += 0.1
+        asked[0](grad)
+        sums = sampler.aside.submit(sampler.seal()).result()
+        shift = sums.layout.slices["shift_residual"]
+        assert (sums.count[shift] == 2).all()
+        found.append(sums.total[shift].max() / 2)
+    # A mean of logarithms: half of that of a sound sequence, half of that of the broken one.
+    assert 2 <= sum(mean > math.log(1e-10) for mean in found) <= 16
 
 
 def test_a_residual_of_values_too_alike_is_missing():
@@ -212,7 +261,7 @@ def test_a_residual_of_values_too_alike_is_missing():
 
 transformers = pytest.importorskip("transformers")
 
-from incoherence_monitor import IncoherenceMonitor, MonitorConfig
+from incoherence_monitor import IncoherenceMonitor
 from incoherence_monitor.records import SHIFT_BOUNDS
 
 from . import biased_attention

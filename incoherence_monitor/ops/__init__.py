@@ -8,7 +8,7 @@ from .launch import at_hand
 from .pieces import Piece, copied, cut_windows
 from .reference import energy_field
 from .shapes import Windows, check_shapes
-from .shift import GradientSums, gradient_sums, shift_residual, shift_vector, some_values, too_alike
+from .shift import GradientSums, gradient_sums, shift_residual, shift_vector, some_sequences, some_values, too_alike
 from .spectra import spectral_statistics
 from .updates import change_statistics, sampled_entries, smallest_ratio
 from .weights import interaction_rank, weight_statistics
@@ -35,6 +35,7 @@ __all__ = [
     "shift_vector",
     "smallest_ratio",
     "smooth_statistics",
+    "some_sequences",
     "some_values",
     "spectral_statistics",
     "too_alike",
