@@ -91,7 +91,7 @@ def piece_statistics(
     Returns:
         As there.
     """
-    number, at_once, pieces = sum(len(each.key) for each in windows), len(windows), windows
+    number, at_once, pieces = sum(each.key.shape[0] for each in windows), len(windows), windows
     if windows[0].key.device.type == "cpu":
         _, key_heads, length, dim = windows[0].key.shape
         heads = next(
@@ -104,11 +104,17 @@ def piece_statistics(
         matrices = 2 * pieces[0].query.shape[0] * pieces[0].query.shape[1]
         at_once = max(1, ELEMENTS_HELD // max(pieces[0].key.numel(), matrices * dim**2))
     groups = [pieces[start : start + at_once] for start in range(0, len(pieces), at_once)]
-    with without_autograd(windows[0].key):
-        parts = [_of_group(group, scale=scale, also=also, causal=causal) for group in groups]
+    parts = []
+    for group in groups:
+        with without_autograd(group[0].key):
+            found = _of_group(group, scale=scale, also=also, causal=causal)
+        # Outside of it, where what is made may take part in a gradient.
+        parts.append([each.float() for each in found])
     # Heads of a window follow each other, as do windows.
-    key_parts, query_parts, cores = zip(*parts, strict=True)
-    of_keys, of_queries, core = torch.cat(key_parts, dim=1), torch.cat(query_parts, dim=1), torch.cat(cores)
+    of_keys, of_queries, core = parts[0]
+    if len(parts) > 1:
+        of_keys, of_queries = (torch.cat(each, dim=1) for each in list(zip(*parts, strict=True))[:2])
+        core = torch.cat([part[2] for part in parts])
     values = (*of_keys.view(len(of_keys), number, -1).unbind(), *of_queries.view(len(of_queries), number, -1).unbind())
     names = (*KEY_STATISTICS[: len(of_keys)], *QUERY_STATISTICS, *also)
     return dict(zip(names, values, strict=True)), core.view(number, -1, *core.shape[-2:])
@@ -120,68 +126,72 @@ def _of_group(
     """`piece_statistics` of pieces that are held together.
 
     Returns:
-        Statistics of keys, the last of them if there are values, [S, B, G, 1]; of queries, and `also`, [S, B, G, R];
-        the core [B, G, R, D, D]. All float32.
+        Statistics of keys, the last of them if there are values, [S, H, 1]; of queries, and `also`, [S, H, R]; the
+        core [H, R, D, D].
     """
-    sums, of_pieces, room_NGTD = room_for(pieces)
+    sums, of_pieces, room_HTD = room_for(pieces)
     pairs = [
-        first_pass(piece, part, room_NGTD, scale=scale, also=also, causal=causal)
+        first_pass(piece, part, room_HTD, scale=scale, also=also, causal=causal)
         for piece, part in zip(pieces, of_pieces, strict=True)
     ]
-    length, dim = sums.keys.shape[2:]
-    # Of keys, then of each member's queries.
-    rows, sizes = [1, sums.grams.shape[2] - 1], [len(piece.key) for piece in pieces]
-    count_B11: float | Tensor = length
+    length, dim = sums.keys.shape[1:]
+    group = sums.grams.shape[1] - 1
+    count_H1: float | Tensor = length
     if pieces[0].valid is not None:
-        count_B11 = torch.cat([piece.valid for piece in pieces if piece.valid is not None]).sum(dim=1)[:, None, None]
+        valid = torch.cat([piece.valid for piece in pieces if piece.valid is not None])
+        count_H1 = valid.sum(dim=1).repeat_interleave(pieces[0].key.shape[1])[:, None]
 
     # With A = Q^T Q and B = Kc^T Kc = C C^T: sum sigma^2 = s^2 tr(AB), sum sigma^4 = s^4 tr(ABAB), column j of E has
     # energy s^2 kc_j^T A kc_j (METRICS.md), and C^T A C has the eigenvalues of AB. A is divided by the traces of both:
     # ranks and shares do not depend on scale.
-    key_gram_BG1DD, query_gram_BGRDD = sums.grams.split_with_sizes(rows, dim=2)
-    trace_BGX = sums.grams.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-    norm_BGX = torch.linalg.vector_norm(sums.grams, dim=(-2, -1))
-    key_energy_BG1, query_energy_BGR = trace_BGX.split_with_sizes(rows, dim=-1)
-    key_norm_BG1, query_norm_BGR = norm_BGX.split_with_sizes(rows, dim=-1)
-    energy_BGR = key_energy_BG1 * query_energy_BGR
+    trace_HX = sums.grams.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    norm_HX = torch.linalg.vector_norm(sums.grams, dim=(-2, -1))
+    key_energy_H1, query_energy_HR = trace_HX.split_with_sizes([1, group], dim=1)
+    energy_HR = key_energy_H1 * query_energy_HR
     # Where there is no energy what comes of it is not used; what is not finite runs through to every statistic.
-    forms_BGRDD = query_gram_BGRDD / energy_BGR.clamp(min=torch.finfo(energy_BGR.dtype).tiny)[..., None, None]
-    factor_BG1DD = cholesky_factor(key_gram_BG1DD, key_norm_BG1)
-    factors, forms = factor_BG1DD.split_with_sizes(sizes), forms_BGRDD.split_with_sizes(sizes)
-    for each in zip(of_pieces, factors, forms, strict=True):
-        second_pass(*each, room_NGTD)
+    divisor_HR = energy_HR + torch.finfo(energy_HR.dtype).tiny
+    forms_HRDD = sums.grams[:, 1:] / divisor_HR[..., None, None]
+    factor_HDD = cholesky_factor(sums.grams[:, 0], norm_HX[:, 0])
+    if len(of_pieces) == 1:
+        second_pass(sums, factor_HDD, forms_HRDD, room_HTD)
+    else:
+        sizes = [part.keys.shape[0] for part in of_pieces]
+        factors, forms = factor_HDD.split_with_sizes(sizes), forms_HRDD.split_with_sizes(sizes)
+        for each in zip(of_pieces, factors, forms, strict=True):
+            second_pass(*each, room_HTD)
 
-    rows = [1, *rows, sums.tokens.shape[2] - 1 - sum(rows)]
-    length_sum_BG1, _, first_BGR, value_sum_BGV = sums.tokens.sum(dim=-1).split_with_sizes(rows, dim=-1)
-    longest_BG1, leverage_BG1, largest_BGR, _ = sums.tokens.amax(dim=-1).split_with_sizes(rows, dim=-1)
-    root_BG1, _, spread_BGR, _ = torch.linalg.vector_norm(sums.tokens, dim=-1).split_with_sizes(rows, dim=-1)
+    # Of keys, of whitened keys, of forms, of values if there are any.
+    rows = [1, 1, group, sums.tokens.shape[1] - 2 - group]
+    length_sum_H1, _, first_HR, value_sum_HV = sums.tokens.sum(dim=-1).split_with_sizes(rows, dim=1)
+    longest_H1, leverage_H1, largest_HR, _ = sums.tokens.amax(dim=-1).split_with_sizes(rows, dim=1)
+    root_H1, _, spread_HR, _ = torch.linalg.vector_norm(sums.tokens, dim=-1).split_with_sizes(rows, dim=1)
     # False for keys that are not finite.
-    equal_BG1 = key_energy_BG1 <= KEYS_EQUAL_BELOW * root_BG1.square()
+    equal_H1 = key_energy_H1 <= KEYS_EQUAL_BELOW * root_H1.square()
     of_keys = [
-        count_B11 * (longest_BG1 / root_BG1).square(),
-        length_sum_BG1 / count_B11,
-        (count_B11 / dim * leverage_BG1.square()).masked_fill(equal_BG1, torch.nan),
+        (longest_H1 / root_H1).square_() * count_H1,
+        length_sum_H1 / count_H1,
+        (leverage_H1.square() * (count_H1 / dim)).masked_fill_(equal_H1, torch.nan),
     ]
     if rows[-1]:
-        of_keys.append(value_sum_BGV / count_B11)
-
+        of_keys.append(value_sum_HV / count_H1)
     # Rounding may leave a little less than nothing of keys that differ in no direction that queries have.
-    first_BGR = first_BGR.clamp(min=0).masked_fill(equal_BG1, 0.0)
-    sum_BGR = first_BGR.masked_fill(first_BGR == 0, torch.nan)
+    first_HR = first_HR.clamp(min=0).masked_fill_(equal_H1, 0.0)
+    sum_HR = first_HR / (first_HR != 0)
+
     # As A is symmetric, C^T A C is the transpose of A C, times C.
-    factor_HDD, shape_HXD = factor_BG1DD.flatten(0, 2), (-1, rows[2] * dim, dim)
-    half_BGRDD = torch.bmm(forms_BGRDD.view(shape_HXD), factor_HDD).view(forms_BGRDD.shape)
-    core_BGRDD = torch.bmm(half_BGRDD.mT.reshape(shape_HXD), factor_HDD).view(forms_BGRDD.shape)
-    core_BGRDD.div_(sum_BGR[..., None, None])
+    shape_HXD = (-1, group * dim, dim)
+    half_HRDD = torch.bmm(forms_HRDD.view(shape_HXD), factor_HDD).view(forms_HRDD.shape)
+    core_HRDD = torch.bmm(half_HRDD.mT.reshape(shape_HXD), factor_HDD).view(forms_HRDD.shape)
+    core_HRDD.div_(sum_HR[..., None, None])
     of_queries = [
-        (query_energy_BGR / query_norm_BGR).square(),
-        (energy_BGR * first_BGR).sqrt() * (abs(scale) / count_B11),
-        count_B11 * largest_BGR / sum_BGR,
-        (sum_BGR / spread_BGR).square() / count_B11,
-        torch.linalg.vector_norm(core_BGRDD, dim=(-2, -1)).pow(-2),
+        (query_energy_HR / norm_HX[:, 1:]).square_(),
+        (energy_HR * first_HR).sqrt_() * (abs(scale) / count_H1),
+        largest_HR / sum_HR * count_H1,
+        (sum_HR / spread_HR).square_() / count_H1,
+        torch.linalg.vector_norm(core_HRDD, dim=(-2, -1)).pow_(-2),
         *(torch.cat(each) for each in zip(*pairs, strict=True)),
     ]
-    return torch.stack(of_keys).float(), torch.stack(of_queries).float(), core_BGRDD.float()
+    return torch.stack(of_keys), torch.stack(of_queries), core_HRDD
 
 
 @torch.no_grad()

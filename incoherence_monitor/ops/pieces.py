@@ -64,10 +64,13 @@ def cut_windows(
     if windows is None:
         _, key_heads, length, dim = key.shape
         at_once = min(ELEMENTS_IN_CACHE // (key_heads * length * dim), ELEMENTS_HELD // (2 * query.shape[1] * dim**2))
+        whole = Piece(query.detach(), key.detach(), None if value is None else value_lengths(value.detach()), valid)
         number = -(-len(key) // max(1, at_once))
-        queries, keys = query.detach().chunk(number), key.detach().chunk(number)
-        of_values = _chunks(None if value is None else value_lengths(value.detach()), number)
-        return [Piece(*each) for each in zip(queries, keys, of_values, _chunks(valid, number), strict=True)]
+        if number == 1:
+            return [whole]
+        queries, keys = whole.query.chunk(number), whole.key.chunk(number)
+        others = _chunks(whole.value_lengths, number), _chunks(valid, number)
+        return [Piece(*each) for each in zip(queries, keys, *others, strict=True)]
     rows, starts, length = windows
     places = [(row, slice(start, start + length)) for row, start in zip(rows.tolist(), starts.tolist(), strict=True)]
 
@@ -81,8 +84,8 @@ def cut_windows(
         lengths: Sequence[Tensor | None] = none
     elif 2 * len(places) * length >= value.shape[0] * value.shape[2]:
         # One pass over all sequences is less work than one over each window.
-        whole = value_lengths(value)
-        lengths = [whole[row : row + 1, :, tokens] for row, tokens in places]
+        of_all = value_lengths(value)
+        lengths = [of_all[row : row + 1, :, tokens] for row, tokens in places]
     else:
         lengths = [value_lengths(each) for each in cut(value)]
     return [Piece(*each) for each in zip(cut(query), cut(key), lengths, masks, strict=True)]

@@ -31,7 +31,7 @@ def cholesky_factor(gram: Tensor, norm: Tensor) -> Tensor:
     lower: Tensor
     lower, failed = torch.linalg.cholesky_ex(gram)
     pivot = lower.diagonal(dim1=-2, dim2=-1).amin(dim=-1).square()
-    full = (failed == 0) & (pivot > max(_FULL_RANK_ABOVE, 10 * tiny) * norm)
+    full = (pivot > max(_FULL_RANK_ABOVE, 10 * tiny) * norm).logical_and_(failed == 0)
     if at_hand_here(full) and bool(full.all()):
         return lower
     ridged = gram.clone()
@@ -50,14 +50,13 @@ def spectral_statistics(core: Tensor) -> dict[str, Tensor]:
         `energy_rank` and `energy_stable_rank`, float32 [...], NaN where undefined.
     """
     with without_autograd(core):
-        # A sum times zero is NaN where one of its numbers is not finite; for such the routine may fail.
-        undefined = core.sum(dim=(-2, -1)).mul_(0.0).isnan()
         values = torch.linalg.eigvalsh(core.nan_to_num(0.0, 0.0, 0.0)).clamp_(min=0)
-        cumulative = values.flip(-1).cumsum(dim=-1, dtype=working_dtype(core.device))
+        # NaN where a number is not finite, for which the routine may fail, else 0.
+        nothing = core.sum(dim=(-2, -1)).mul_(0.0)
+        # Ascending: what is left without the smallest one, the two smallest, and so on.
+        cumulative = values.cumsum(dim=-1, dtype=working_dtype(core.device))
         total = cumulative[..., -1:]
-        rank = (cumulative < RANK_SHARE * total).sum(dim=-1, dtype=torch.float32).add_(1.0)
+        rank = (total - cumulative < RANK_SHARE * total).sum(dim=-1)
         stable = (total[..., 0] / values[..., -1]).float()
-    return {
-        "energy_rank": rank.masked_fill(undefined, torch.nan),
-        "energy_stable_rank": stable.masked_fill(undefined, torch.nan),
-    }
+    # Outside of it, where what is made may take part in a gradient.
+    return {"energy_rank": rank + nothing, "energy_stable_rank": stable + nothing}
