@@ -136,6 +136,8 @@ class IncoherenceMonitor(Steering):
 
     def _enter(self, step: int) -> None:
         self._pipeline.clock.begin()
+        if self._pipeline.barred():
+            return
         if self._open_step is not None and step != self._open_step:
             self._timed("ending a sample", self._seal)
         if step % self.every or self._closed or self._pipeline.stopped:
@@ -217,11 +219,10 @@ class IncoherenceMonitor(Steering):
         self._pipeline.clock.measure(lambda: self._pipeline.receive(given, describe))
 
     def _seal(self) -> None:
-        step, self._open_step = self._open_step, None
-        assert step is not None
-        self._pipeline.submit(step)
+        self._open_step = None
+        self._pipeline.submit(self._last_step)
         if self._capture is not None:
-            tell_unseen(self._capture, step, self._reporter)
+            tell_unseen(self._capture, self._last_step, self._reporter)
 
     def _timed(self, doing: str, call: Callable[[], None]) -> None:
         self._pipeline.clock.measure(lambda: self._reporter.guard(doing, call))

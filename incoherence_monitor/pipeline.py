@@ -3,7 +3,7 @@
 A sample is taken up when the next one begins, or at flush, checkpoint or close, alike on every rank; never when a
 thread happens to be ready. So alerts depend on steps and data alone.
 
-Layer 4: imports agreement, clock, commands, judge, dashboard, distributed, inbox, sampling, sums.
+Layer 4: imports agreement, clock, commands, judge, dashboard, distributed, inbox, sampling, sums, transfer.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from .reporting import Reporter
 from .sampling import WindowSampler
 from .sharding import TensorPart
 from .sums import RecordedLosses, SampleSums
+from .transfer import capturing
 
 
 class Pipeline:
@@ -84,6 +85,13 @@ class Pipeline:
     def stopped(self) -> bool:
         """Whether all ranks have given up together, since nothing can be measured in this run."""
         return self._shared.stopped
+
+    def barred(self) -> bool:
+        """Whether nothing may be done now, since a CUDA graph is being captured; counted."""
+        if not capturing():
+            return False
+        self._sampler.skipped["steps begun while a CUDA graph was captured"] += 1
+        return True
 
     @property
     def refused(self) -> dict[str, str]:
@@ -150,7 +158,7 @@ class Pipeline:
 
     def leave(self) -> None:
         """A context of the step has ended: let the worker go on if it was the last, while the optimizer steps."""
-        if self._sampler.left() and self._started is None:
+        if self._sampler.left() and self._started is None and not capturing():
             self._started = self._start()
 
     def _start(self) -> Future[SampleSums]:

@@ -30,7 +30,7 @@ from .records import LayerInfo, Layout
 from .shares import Shares
 from .stats import statistic
 from .sums import Part, SampleSums, summarise
-from .transfer import to_host
+from .transfer import capturing, to_host
 from .weighing import Weighing
 from .windows import Place, WindowPlan, choose_window, extend_plan, lengths_of, select_windows
 from .yielded import LayerWindows
@@ -108,7 +108,7 @@ class WindowSampler:
         Raises:
             SettingError: if the shapes do not fit together.
         """
-        if given.query.is_cuda and torch.cuda.is_current_stream_capturing():
+        if given.query.is_cuda and capturing():
             # Nothing is computed while a graph is captured, and what is done here would become part of it.
             self.skipped["calls while a CUDA graph was captured"] += 1
             return

@@ -19,6 +19,11 @@ def present_stream(device: torch.device) -> Stream | None:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is captured now: nothing is computed meanwhile, and waiting or copying would break it."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+
+
 def take_over(tensors: Sequence[Tensor], stream: Stream) -> None:
     """Let the present stream read tensors that were made on another one; where it is the same, nothing is done.
 

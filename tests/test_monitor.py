@@ -170,6 +170,38 @@ def test_nothing_at_all_between_samples(monkeypatch):
     assert not monitor.coverage().failures
 
 
+def test_nothing_is_done_while_a_cuda_graph_is_captured(monkeypatch):
+    """To wait for a device, or copy from it, would break the user's capture."""
+    captured = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(captured))
+    monitor = IncoherenceMonitor(None, every=1)
+
+    def step(number, *, begins=False):
+        with monitor.step(number):
+            monitor.observe("layer", *queries_and_keys(number))
+            if begins:
+                captured.append(number)
+
+    step(0, begins=True)
+    sampler = monitor._pipeline._sampler
+    assert not sampler._sealed
+    step(1)
+    assert not sampler._sealed
+    assert monitor.samples == 1
+    captured.clear()
+    step(2)
+    step(3)
+    monitor.flush()
+    assert monitor.samples == 3
+    assert monitor.coverage().skipped == {
+        "steps begun while a CUDA graph was captured": 1,
+        "heads without a gradient of their keys": 6,
+    }
+    assert not monitor.coverage().failures
+    monitor.close()
+
+
 def test_a_broken_head_is_named_and_told_once():
     told = []
     tracker = InMemoryTracker()
