@@ -103,7 +103,7 @@ def run(
         weights: what "lora" goes on from.
 
     Returns:
-        The alerts, whether they point to the broken head, and the step from which half of the window streams were armed.
+        The alerts, whether they point to the broken head, and from which step half of the window streams were armed.
     """
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
