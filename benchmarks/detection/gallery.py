@@ -47,39 +47,39 @@ class Exhibit:
 
 EXHIBITS = (
     Exhibit(
-        "Keys that grow", "fault-wk_scale-1.01-L2H3-sliding-0000", "key_norm",
+        "Keys that grow", "fault-wk_scale-1.01-L2H3-learned-5100", "key_norm",
         "The plainest fault: one head's key projection runs away by a hundredth a step, as under a wrong learning rate "
         "or without weight decay. The loss tells nothing.",
     ),
     Exhibit(
-        "A sink that grows", "fault-sink_growing-1.02-L3H1-learned-1001", "key_incoherence",
+        "A sink that grows", "fault-sink_growing-1.02-L3H0-qknorm-5100", "key_incoherence",
         "What key incoherence is made for: one position of each sequence carries ever more of the norm.",
     ),
     Exhibit(
-        "A head that dies", "fault-dead_head-0.97-L1H3-sliding-1000", "value_norm",
+        "A head that dies", "fault-dead_head-0.97-L2H1-gqa-5101", "value_norm",
         "Queries, keys and values fade together. The statistic that is named is the one that moved furthest first.",
     ),
     Exhibit(
-        "A sink of constant norm, a whole layer", "fault-sink_constant-0.02-L4-large-1001", "key_leverage",
+        "A sink of constant norm, a whole layer", "fault-sink_constant-0.02-L3-gqa-5103", "key_leverage",
         "The first key of every sequence turns to one direction. Norms stay, so key incoherence alone would see "
         "little; leverage asks who owns a direction.",
     ),
     Exhibit(
-        "A biased backward", "fault-biased_backward-0.001-L3-sliding-1004", "shift_residual",
+        "A biased backward", "fault-biased_backward-0.001-L3-sliding-5105", "shift_residual",
         "A tenth of a percent of error in one term of the attention backward, in float32. An absolute rule, which "
         "needs no baseline.",
     ),
     Exhibit(
-        "A learning rate that grows until the run diverges", "fault-organic_rate_ramp-1.03-all-learned-1003",
+        "A learning rate that grows until the run diverges", "fault-organic_rate_ramp-1.03-all-gqa-5100",
         "value_norm", "Nothing is injected but the learning rate; every head moves, and the loss diverges in the end.",
     ),
     Exhibit(
-        "Rank that is lost", "fault-wk_rank_one-0.02-L2H0-gqa-1003", "key_leverage",
+        "Rank that is lost", "fault-wk_rank_one-0.02-L1H0-qknorm-5101", "key_leverage",
         "All directions of one head's key projection but the strongest shrink, and the optimizer restores them as "
-        "fast: what is left to see is small.",
+        "fast: little is left to see in its keys, and the size of its weights tells.",
     ),
     Exhibit(
-        "A mask that shows the future", "fault-causal_leak-8-L0-learned-1001", "energy_scale",
+        "A mask that shows the future", "fault-causal_leak-8-L0-gqa-5105", "energy_scale",
         "The mask is no part of what most statistics measure; the loss, which falls below the twin's, says it first.",
     ),
 )  # fmt: skip
