@@ -208,7 +208,7 @@ class HistoryWriter:
             self._folder.mkdir(parents=True, exist_ok=True)
             probe = self._folder / ".writable"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # Another run that begins in this folder may have been quicker.
         except OSError as error:
             raise SettingError(
                 f"The output directory {str(directory)!r} cannot be written to ({error.strerror or error}); "
@@ -245,7 +245,13 @@ class HistoryWriter:
         self._layout = layout
         # Unbuffered: a sample is in the file when append returns.
         self._stream = path.open("xb", buffering=0)
-        self._writer = pa.ipc.new_stream(self._stream, schema(layout, self._settings))
+        try:
+            self._writer = pa.ipc.new_stream(self._stream, schema(layout, self._settings))
+        except BaseException:
+            # As where a disk is full: a file without a whole header holds nothing, and each sample would leave one.
+            self.close(whole=False)
+            path.unlink(missing_ok=True)
+            raise
 
     def close(self, *, whole: bool = True) -> None:
         """End the file; a later sample starts another.

@@ -303,7 +303,7 @@ class IncoherenceMonitor(Steering):
         Raises:
             StateError: if it is no such state, of an unknown format, or of another model.
         """
-        check_state(state, fingerprint(self._capture), alone=self._world_size == 1)
+        check_state(state, fingerprint(self._capture), self.config, alone=self._world_size == 1)
         self.flush()
         self._last_step = state["last_step"]
         baselines = baselines_hold(state, self.config, self.every, self._reporter)

@@ -24,12 +24,13 @@ def fingerprint(capture: ModelCapture | None) -> Fingerprint:
     return {} if capture is None else {tap.name: tap.declared for tap in capture.taps}
 
 
-def check_state(state: Any, ours: Fingerprint, *, alone: bool = True) -> None:
+def check_state(state: Any, ours: Fingerprint, config: MonitorConfig, *, alone: bool = True) -> None:
     """Check that a state is one, and this model's.
 
     Args:
         state: what should have come from `IncoherenceMonitor.state_dict`.
         ours: fingerprint of the model watched now; empty where layers are observed by hand.
+        config: the settings of now.
         alone: whether this is the only process; among several, it may hold some of the state's layers.
 
     Raises:
@@ -42,6 +43,10 @@ def check_state(state: Any, ours: Fingerprint, *, alone: bool = True) -> None:
     if not alone:
         # A state saved before the first sample knows the layers of the rank that saved it alone.
         theirs = {name: theirs[name] for name in ours if name in theirs} if state["samples"] else ours
+    if any(list(state["config"][name]) != config.to_dict()[name] for name in ("include", "exclude")):
+        # Other layers of it are watched now; that the baseline starts anew is told.
+        common = theirs.keys() & ours.keys()
+        theirs, ours = ({name: each[name] for name in common} for each in (theirs, ours))
     if theirs != ours:
         raise StateError(
             f"The monitor state belongs to another model: it holds {_in_words(theirs)}, the monitor has "
@@ -58,10 +63,11 @@ def baselines_hold(state: Mapping[str, Any], config: MonitorConfig, every: int, 
         every: training steps between samples.
         reporter: where differences are told.
     """
-    if state["every"] != every:
-        reporter.notice("every changed", f"samples were {state['every']} steps apart before and are {every} apart now")
     now = config.to_dict()
     changed = [name for name in _BASELINES_DEPEND_ON if state["config"].get(name) != now[name]]
+    if state["every"] != every:
+        # Lines run through numbers of samples: over more steps a sample, what learning moves would look like drift.
+        changed.append(f"every (samples were {state['every']} steps apart and are {every} now)")
     # A version may record statistics that an earlier one did not.
     if state["judge"]["layers"] is not None and state["judge"].get("recorded") != list(config.recorded):
         changed.append("the statistics recorded")

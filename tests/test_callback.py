@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +36,16 @@ class Breaker(transformers.TrainerCallback):
         if state.global_step >= self.at:
             with torch.no_grad():
                 self.model.model.layers[1].self_attn.k_proj.weight[:8] *= self.factor
+
+
+class StopAt(transformers.TrainerCallback):
+    """Ends training after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
 
 
 def make_trainer(output_dir, *, steps=50, callback=None, model=None, break_at=None, **arguments):
@@ -151,8 +163,10 @@ def test_state_is_found_in_the_folder_it_was_saved_in(unbroken_run, tmp_path):
     assert plain(plain(callback.monitor.alerts, tmp_path), whole) == expected
 
 
-@pytest.mark.parametrize("damage", ["missing", "changed", "none"])
-def test_without_its_state_the_baseline_starts_anew_and_that_is_said(unbroken_run, tmp_path, damage, caplog):
+@pytest.mark.parametrize("damage", ["missing", "changed", "incomplete", "unreadable", "older", "none"])
+def test_without_its_state_the_baseline_starts_anew_and_that_is_said(
+    unbroken_run, tmp_path, damage, caplog, monkeypatch
+):  # fmt: skip
     whole, _ = unbroken_run
     copied = tmp_path / "run"
     shutil.copytree(whole / "checkpoint-20", copied / "checkpoint-20")
@@ -163,6 +177,25 @@ def test_without_its_state_the_baseline_starts_anew_and_that_is_said(unbroken_ru
         saved["folder"] = str(tmp_path)
     elif damage == "changed":
         saved["sha256"] = "0" * 64
+    elif damage == "incomplete":
+        del saved["folder"]
+    elif damage == "unreadable":
+        own, refused = Path.read_bytes, PermissionError(13, "Permission denied")
+
+        def read(file):
+            if file.name == saved["file"]:
+                raise refused
+            return own(file)
+
+        monkeypatch.setattr(Path, "read_bytes", read)
+    elif damage == "older":
+        # As after an upgrade in the middle of a run.
+        file = Path(saved["folder"]) / saved["file"]
+        content = torch.load(file, weights_only=True)
+        content["monitor"]["format"] -= 1
+        saved["folder"] = str(tmp_path)
+        torch.save(content, tmp_path / saved["file"])
+        saved["sha256"] = hashlib.sha256((tmp_path / saved["file"]).read_bytes()).hexdigest()
     else:
         # A checkpoint of a run that had no monitor.
         del state["stateful_callbacks"]["IncoherenceCallback"]
@@ -173,6 +206,15 @@ def test_without_its_state_the_baseline_starts_anew_and_that_is_said(unbroken_ru
     assert callback.monitor.samples == 10
     assert any("the baseline starts anew" in record.message for record in caplog.records)
     assert (copied / "checkpoint-30").is_dir()
+
+
+def test_other_layers_of_the_same_model_start_the_baseline_anew(unbroken_run, tmp_path, caplog):
+    whole, _ = unbroken_run
+    callback = IncoherenceCallback(every=1, config=replace(CONFIG, exclude=("*layers.1.*",)))
+    make_trainer(tmp_path, steps=14, callback=callback).train(resume_from_checkpoint=str(whole / "checkpoint-10"))
+    assert callback.monitor.samples == 14
+    assert any("exclude changed; the baseline starts anew" in record.message for record in caplog.records)
+    assert callback.monitor.coverage().ways.keys() == {f"model.layers.{at}.self_attn" for at in (0, 2)}
 
 
 def test_the_state_of_another_model_is_refused_when_training_starts(unbroken_run, tmp_path):
@@ -297,6 +339,22 @@ def test_every_auto_takes_about_500_samples():
     from incoherence_monitor.integrations.transformers import automatic_interval
 
     assert [automatic_interval(steps) for steps in (10, 500, 1000, 5000, 50_000, 10**6)] == [1, 1, 2, 10, 100, 100]
+
+
+def test_every_auto_stays_as_it_was_where_a_resumed_run_goes_on_for_longer(tmp_path, caplog):
+    """Baselines are of samples so far apart."""
+    callback = IncoherenceCallback(config=CONFIG)
+    make_trainer(tmp_path, steps=40, callback=callback, save_strategy="steps", save_steps=20).train()
+    for state_is_there in (True, False):
+        callback = IncoherenceCallback(config=CONFIG)
+        trainer = make_trainer(tmp_path, steps=2000, callback=callback)
+        trainer.add_callback(StopAt(44))
+        if not state_is_there:
+            shutil.rmtree(tmp_path / "incoherence" / "state")
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-40"))
+        assert callback.monitor.every == 1
+        assert callback.monitor.samples == (44 if state_is_there else 4)
+    assert not any("steps apart" in record.message for record in caplog.records)
 
 
 def test_a_checkpoint_is_saved_though_the_monitors_state_cannot_be(tmp_path):

@@ -237,6 +237,24 @@ def test_a_torn_record_costs_one_sample(tmp_path):
     assert History.open(tmp_path).steps.tolist() == [0, 1, 2, 4, 5, 6]
 
 
+def test_a_disk_that_is_full_leaves_no_file_without_a_header(tmp_path, monkeypatch):
+    writer = write(tmp_path, range(2), close=False)
+    writer.close()
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pa.ipc, "new_stream", full)
+        for step in range(2, 5):
+            with pytest.raises(OSError, match="No space left"):
+                writer.append(record(step))
+    assert len(list(tmp_path.rglob("*.arrow"))) == 1
+    writer.append(record(5))
+    writer.close()
+    assert History.open(tmp_path).steps.tolist() == [0, 1, 5]
+
+
 def test_a_run_that_begins_anew_in_the_same_folder_hides_the_old_one(tmp_path):
     write(tmp_path, range(0, 100, 10), alerts={50: [ALERT]})
     write(tmp_path, [0, 10, 20])

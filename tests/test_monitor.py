@@ -349,6 +349,30 @@ def test_changed_settings_start_the_baseline_anew_and_say_so(caplog):
     assert second.samples == 33
 
 
+def test_another_interval_starts_the_baseline_anew_and_says_so(caplog):
+    """A line through samples 5 steps apart forecasts too little of what the next 20 steps bring to a model that learns.
+
+    Here all keys grow by a five-hundredth a step, as they may in a healthy run.
+    """
+
+    def learn(step, layer, query, key):
+        key *= 1.002**step
+
+    first = IncoherenceMonitor(every=5, config=CONFIG)
+    drive(first, range(0, 400, 5), change=learn)
+    state = first.state_dict()
+    assert not first.alerts
+    second = IncoherenceMonitor(every=20, config=CONFIG)
+    with caplog.at_level(logging.WARNING):
+        second.load_state_dict(state)
+    (told,) = [record.message for record in caplog.records if "starts anew" in record.message]
+    assert "every (samples were 5 steps apart and are 20 now) changed" in told
+    drive(second, range(400, 1000, 20), change=learn)
+    second.flush()
+    assert second.alerts == first.alerts
+    assert second.samples == first.samples + 30
+
+
 # Bad input: a sentence naming the value and what is allowed.
 
 

@@ -252,6 +252,25 @@ def test_an_adopted_wandb_run_is_neither_finished_nor_overtaken(tmp_path, monkey
     assert [row["incoherence/step"] for row in rows if "incoherence/step" in row] == [0, 100, 200, 300, 400]
 
 
+def test_a_trainer_whose_wandb_was_taken_out_opens_no_run(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    transformers = pytest.importorskip("transformers")
+    from incoherence_monitor import IncoherenceCallback
+
+    from .test_callback import CONFIG, make_trainer
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("the user has taken W&B out")
+
+    monkeypatch.setattr(wandb, "init", forbidden)
+    callback = IncoherenceCallback(every=2, config=CONFIG)
+    trainer = make_trainer(tmp_path, callback=callback, steps=4, report_to=["wandb"])
+    trainer.remove_callback(transformers.integrations.WandbCallback)
+    trainer.train()
+    assert not callback.monitor.coverage().failures
+    assert callback.monitor.samples == 2
+
+
 def test_wandb_through_the_trainer(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     pytest.importorskip("transformers")
@@ -278,6 +297,36 @@ def test_wandb_through_the_trainer(tmp_path, monkeypatch):
     assert [row["train/loss"] for row in rows if "train/loss" in row]
     assert any("incoherence/heads_map/width" in row for row in rows)
     assert summary["incoherence/drifting_heads"] >= 0
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_rows_that_a_user_gives_the_trainers_step_are_kept(tmp_path, monkeypatch, every):
+    """W&B drops a row whose step lies behind the run's, which every row of ours moves on."""
+    pytest.importorskip("wandb")
+    transformers = pytest.importorskip("transformers")
+    import wandb
+
+    from incoherence_monitor import IncoherenceCallback
+
+    from .test_callback import CONFIG, make_trainer
+
+    class Logs(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            wandb.log({"mine": float(state.global_step)}, step=state.global_step)
+
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    callback = IncoherenceCallback(every=every, config=CONFIG)
+    trainer = make_trainer(tmp_path / "out", callback=callback, break_at=20, steps=40, report_to=["wandb"])
+    trainer.add_callback(Logs())
+    trainer.train()
+    wandb.finish()
+    rows, _, _, _ = read_offline_run(tmp_path)
+    assert [row["mine"] for row in rows if "mine" in row] == list(range(1, 41))
+    medians = [row["incoherence/step"] for row in rows if "incoherence/key_incoherence/median" in row]
+    # Where every step has a sample, one waits for the next after each row that the Trainer gives no step, and is lost.
+    lost = set(range(0, 40, every)) - set(medians)
+    assert len(lost) <= (0 if every > 1 else sum("train/loss" in row for row in rows))
 
 
 def test_accelerates_wandb_tracker_is_adopted_so_that_no_row_is_dropped(tmp_path, monkeypatch):

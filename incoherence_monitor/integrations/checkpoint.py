@@ -3,7 +3,7 @@
 Trainer does not tell a callback which folder it saves to or resumes from, but it keeps a small dictionary for it in
 `trainer_state.json`; the name and hash of the state file travel there.
 
-Layer 5: imports torch.
+Layer 5: imports torch and state.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..state import STATE_FORMAT
 from . import retention
 
 FOLDER = "state"
@@ -43,29 +44,35 @@ def save(state: Mapping[str, Any], directory: Path, *, acted: bool) -> dict[str,
     part = folder / f"{name}.part"
     part.write_bytes(content)
     part.replace(folder / name)
-    return {"file": name, "folder": str(folder.resolve()), "sha256": digest}
+    return {"file": name, "folder": str(folder.resolve()), "sha256": digest, "every": state["every"]}
 
 
-def load(saved: Any, directory: Path) -> tuple[dict[str, Any], bool] | str:
+def load(saved: Mapping[str, Any], directory: Path) -> tuple[dict[str, Any], bool] | str:
     """Find and check a state file.
 
     Args:
-        saved: what `save` returned, read back from `trainer_state.json`; None if there is none.
+        saved: what `save` returned, read back from `trainer_state.json`; empty if there is nothing.
         directory: the monitor's output directory now; the folder it was saved in is tried too.
 
     Returns:
         The monitor's state and whether it had acted; or a sentence without its full stop saying why there is none.
     """
-    if not isinstance(saved, Mapping) or "file" not in saved:
+    if not {"file", "folder", "sha256"} <= saved.keys():
         return "the checkpoint resumed from holds no monitor state"
     places = [directory / FOLDER / saved["file"], Path(saved["folder"]) / saved["file"]]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         return f"the monitor state {saved['file']} of the checkpoint resumed from was not found in {places[0].parent}"
-    content = found.read_bytes()
+    try:
+        content = found.read_bytes()
+    except OSError as error:
+        return f"the monitor state {found} cannot be read ({error})"
     if hashlib.sha256(content).hexdigest() != saved["sha256"]:
         return f"the monitor state {found} is not the one that the checkpoint was saved with"
     state = torch.load(io.BytesIO(content), weights_only=True)
+    if state["monitor"]["format"] != STATE_FORMAT:
+        # As after an upgrade in the middle of a run.
+        return f"the monitor state {found} is of format {state['monitor']['format']}, this version's is {STATE_FORMAT}"
     return state["monitor"], bool(state["acted"])
 
 

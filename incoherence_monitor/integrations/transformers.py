@@ -38,6 +38,13 @@ def automatic_interval(max_steps: int) -> int:
     return min(max(1, round(max_steps / SAMPLES_PER_RUN)), LARGEST_INTERVAL)
 
 
+def _saved_state(stored: Any) -> Mapping[str, Any]:
+    """What `state` has told the checkpoint resumed from of the monitor's state; empty if it holds nothing."""
+    stored = stored[-1] if isinstance(stored, list) and stored else stored
+    saved = stored.get("attributes", {}).get("saved_state") if isinstance(stored, Mapping) else None
+    return saved if isinstance(saved, Mapping) else {}
+
+
 class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[misc,unused-ignore]
     """Watches every attention head while a Trainer trains.
 
@@ -133,8 +140,15 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             self.monitor.close()
         self._acted, self._training = False, True
         self._checkpoints = Path(args.output_dir) if args.save_total_limit else None
-        every = automatic_interval(state.max_steps) if self.every == "auto" else self.every
         directory = Path(self.output_dir or Path(args.output_dir) / "incoherence")
+        name = type(self).__name__
+        stored = state.stateful_callbacks.get(name)
+        saved = _saved_state(stored) if state.global_step > 0 else {}
+        every = self.every
+        if every == "auto":
+            # As before a resume, whose baselines are of samples so far apart, however long the run has become; from
+            # what every rank reads, with or without the state's file.
+            every = saved.get("every") or automatic_interval(state.max_steps)
         handler = _callback_handler()
         automatic = isinstance(self.trackers, str)
         self.monitor = IncoherenceMonitor(
@@ -150,18 +164,15 @@ class IncoherenceCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         )
         if self._replaced is not None:
             self._replaced.monitor = self.monitor
-        name = type(self).__name__
-        stored = state.stateful_callbacks.get(name)
         # A checkpoint made without this callback has no entry, and the Trainer would fail at the first save.
         state.stateful_callbacks.setdefault(name, self.state() if stored is None else stored)
         self._keeper = CheckpointKeeper(directory, self.monitor.reporter, keep=self.keep_clean_checkpoint)
         if state.global_step > 0:
-            self._resume(stored[-1] if isinstance(stored, list) and stored else stored, directory)
+            self._resume(saved, directory)
             self._keeper.resumed(self.monitor, args, state)
 
-    def _resume(self, stored: Any, directory: Path) -> None:
+    def _resume(self, saved: Mapping[str, Any], directory: Path) -> None:
         assert self.monitor is not None
-        saved = stored.get("attributes", {}).get("saved_state") if isinstance(stored, Mapping) else None
         found = checkpoint.load(saved, directory)
         if isinstance(found, str):
             logger.warning("incoherence_monitor: %s; the baseline starts anew.", found)
@@ -274,7 +285,8 @@ def _reporters(args: Any, state: Any, handler: Any, directory: Path, training: C
     named = get_reporting_integration_callbacks(args.report_to)
     active = [callback for callback in getattr(handler, "callbacks", []) if isinstance(callback, tuple(named))]
     found: list[Any] = []
-    names = {callback.__name__ for callback in named}
+    # Those that are still there: a user may have taken one out.
+    names = {each.__name__ for each in named if handler is None or any(isinstance(one, each) for one in active)}
     if "TensorBoardCallback" in names:
         writer = next((getattr(callback, "tb_writer", None) for callback in active
                        if type(callback).__name__ == "TensorBoardCallback"), None)  # fmt: skip
@@ -282,7 +294,6 @@ def _reporters(args: Any, state: Any, handler: Any, directory: Path, training: C
     if "WandbCallback" in names:
         from ..trackers.wandb import WandbTracker
 
-        # The Trainer's own callback logs without explicit steps, so rows of our own overtake nothing.
         found.append(WandbTracker(own_rows=True))
     others = [
         callback for callback in active if type(callback).__name__ not in ("TensorBoardCallback", "WandbCallback")

@@ -70,7 +70,8 @@ class WandbTracker:
 
         Args:
             run: the run to write to; None takes the active run, or opens one.
-            own_rows: whether each sample becomes a row of its own, which moves the run's step on by one. False adds
+            own_rows: whether each sample becomes a row of its own, which moves the run's step on by one, though never
+                beyond the training step. False adds
                 it to the row that the user's next `wandb.log` ends, so that their explicit steps are never overtaken;
                 then of several samples between two of their rows only the newest is shown (the history on disk has
                 all). None: True for a run opened here, False for an adopted one.
@@ -98,7 +99,9 @@ class WandbTracker:
         define(f"{PREFIX}/cost/sample_ms", step_metric=_STEP, summary="mean")
 
     def _write(self, values: dict[str, Any], step: int) -> None:
-        self._run.log({**values, _STEP: step}, commit=self._own_rows)
+        # A row more moves the run's step on by one: beyond the training step it would overtake rows that a user gives
+        # that step, and W&B would drop them. What is left open goes with the next row, whoever ends it.
+        self._run.log({**values, _STEP: step}, commit=self._own_rows and self._run.step <= step)
 
     def panels(self, sections: Sequence[Section]) -> None:
         """Let the run's summary keep the extremes of every band: the panels are the workspace's business."""
