@@ -17,6 +17,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("build/detection"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", default="", help="regular expression found in the names of the runs to make")
+    parser.add_argument("--probe", action="store_true", help="let a second monitor measure a fixed batch in each run")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results")
     given = parser.parse_args()
     if given.command == "plan":
@@ -27,7 +28,7 @@ def main() -> int:
     if given.command == "run":
         from .pool import run
 
-        return 1 if run(given.folder, workers=given.workers, only=given.only) else 0
+        return 1 if run(given.folder, workers=given.workers, only=given.only, probe=given.probe) else 0
     from .report import write_report
 
     write_report(given.folder, given.out)

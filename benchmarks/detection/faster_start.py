@@ -122,7 +122,7 @@ def run(
                 injector, right = fault.make(training, heads, severity), set(faults.right_heads(kind, fault, heads))
                 injector.start()
             sampled = step % SAMPLE_EVERY == 0 or (way == "denser" and step < DENSE)
-            training.advance(numbered if sampled else None, None, injector)  # type: ignore[arg-type]
+            training.advance(numbered if sampled else None, None, injector)
             if sampled and half is None and numbered.armed() >= 0.5:
                 half = step
         numbered.monitor.flush()

@@ -16,23 +16,24 @@ from .runs import execute, is_done
 FAILED = "failed.txt"
 
 
-def _one(spec: RunSpec, folder: Path) -> float:
+def _one(spec: RunSpec, folder: Path, probe: bool) -> float:
     """Make a run in a worker; what goes wrong is written beside it and the others go on."""
     try:
-        return float(execute(spec, folder)["process_s"])
+        return float(execute(spec, folder, probe=probe)["process_s"])
     except Exception:
         (folder / spec.name).mkdir(parents=True, exist_ok=True)
         (folder / spec.name / FAILED).write_text(traceback.format_exc())
         return float("nan")
 
 
-def run(folder: Path, *, workers: int, only: str = "") -> int:
+def run(folder: Path, *, workers: int, only: str = "", probe: bool = False) -> int:
     """Make all runs that are not done.
 
     Args:
         folder: where runs go.
         workers: processes, one thread each.
         only: regular expression found in the names of runs to make; "" makes all.
+        probe: whether a second monitor measures a fixed batch in each.
 
     Returns:
         Number of runs that failed.
@@ -53,7 +54,7 @@ def run(folder: Path, *, workers: int, only: str = "") -> int:
                 if ready is None:
                     break
                 todo.remove(ready)
-                running[pool.submit(_one, ready, folder)] = ready
+                running[pool.submit(_one, ready, folder, probe)] = ready
             if not running:
                 print(f"{len(todo)} runs wait for a parent that failed: {', '.join(spec.name for spec in todo[:5])}")
                 return failed + len(todo)

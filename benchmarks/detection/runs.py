@@ -1,7 +1,8 @@
 """One run of the plan: train, record, mark as done.
 
 A run's folder holds `history/` (the monitor's), `signals.arrow` and `entropy.arrow` (comparison signals), with a peer
-`pulsegrad.arrow`, snapshots of healthy runs, and `run.json`, written last: without it the run is made anew.
+`pulsegrad.arrow`, snapshots of healthy runs, and `run.json`, written last: without it the run is made anew. Where a
+second monitor measured a fixed batch beside, `probe/` of the bench's folder holds the same of what it saw.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from incoherence_monitor.dashboard import Dashboard
 from incoherence_monitor.stats import DEFAULT_ALERTING, STATISTIC_NAMES
 
 from . import events, faults
-from .data import LENGTH
+from .data import LENGTH, Batches
 from .models import KINDS
 from .modulewise import Pulsegrad
 from .plan import FORKED, RunSpec
@@ -31,6 +33,10 @@ from .training import SAMPLE_EVERY, Injector, Training
 DONE = "run.json"
 ON_REQUEST = ("value_norm", "logit_max", "attention_entropy")
 BASE_FILE = "base.pt"
+PROBED = "probe"
+"""Where a monitor that measures a fixed batch writes, in the bench's folder."""
+PROBE_SEED = 77
+"""Of the fixed batch: a batch of the training's own size and text, the same in all runs of a kind of model."""
 
 
 def is_done(folder: Path, name: str) -> bool:
@@ -45,8 +51,48 @@ def monitor_config() -> MonitorConfig:
     return MonitorConfig(window=LENGTH, statistics=(*DEFAULT_ALERTING, *wanted))
 
 
-def _monitor(training: Training, folder: Path) -> IncoherenceMonitor:
-    return IncoherenceMonitor(training.model, every=SAMPLE_EVERY, config=monitor_config(), output_dir=folder)
+class Monitors:
+    """What watches one run: a monitor of the live batch and, on request, one of a fixed batch beside it."""
+
+    def __init__(self, training: Training, live: Path, probed: Path | None) -> None:
+        """Watch a training.
+
+        Args:
+            training: the run.
+            live: where the monitor of the live batch writes.
+            probed: where the one of a fixed batch does; None for none.
+        """
+        self._training, self._live, self._probed = training, live, probed
+        self.all = self._begin()
+
+    def _begin(self) -> list[IncoherenceMonitor]:
+        model, config = self._training.model, monitor_config()
+        found = [IncoherenceMonitor(model, every=SAMPLE_EVERY, config=config, output_dir=self._live)]
+        if self._probed is not None:
+            ids = Batches(self._training.kind.text, PROBE_SEED).draw()
+            config = MonitorConfig(window=LENGTH, probe={"input_ids": ids})
+            found.append(IncoherenceMonitor(model, every=SAMPLE_EVERY, config=config, output_dir=self._probed))
+        return found
+
+    def step(self, step: int) -> ExitStack:
+        """As `IncoherenceMonitor.step`, of all of them."""
+        stack = ExitStack()
+        for monitor in self.all:
+            stack.enter_context(monitor.step(step))
+        return stack
+
+    def resume(self) -> None:
+        """Close them and go on with new ones, as a training that was interrupted does."""
+        states = [monitor.state_dict() for monitor in self.all]
+        self.close()
+        self.all = self._begin()
+        for monitor, state in zip(self.all, states, strict=True):
+            monitor.load_state_dict(state)
+
+    def close(self) -> None:
+        """Close them."""
+        for monitor in self.all:
+            monitor.close()
 
 
 def _peer(spec: RunSpec, training: Training, folder: Path) -> Pulsegrad | None:
@@ -79,12 +125,13 @@ def start(spec: RunSpec, folder: Path) -> Training:
     return Training(KINDS[spec.model], spec.seed, spec.rate, base=base)
 
 
-def execute(spec: RunSpec, folder: Path) -> dict[str, Any]:
+def execute(spec: RunSpec, folder: Path, *, probe: bool = False) -> dict[str, Any]:
     """Make one run.
 
     Args:
         spec: which.
         folder: of the bench; the run's own folder is made in it.
+        probe: whether a second monitor measures a fixed batch beside.
 
     Returns:
         What `run.json` says.
@@ -92,15 +139,16 @@ def execute(spec: RunSpec, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     Dashboard.wants_pictures = lambda self: False  # type: ignore[method-assign]
-    own = folder / spec.name
-    shutil.rmtree(own, ignore_errors=True)
+    own, probed = folder / spec.name, folder / PROBED / spec.name
+    for place in (own, probed):
+        shutil.rmtree(place, ignore_errors=True)
     own.mkdir(parents=True)
     wall, process = time.perf_counter(), time.process_time()
     training = start(spec, folder)
     injector = injector_of(spec, training)
-    monitor = recorder = None
+    monitors = recorder = None
     if spec.role != "base":
-        monitor, recorder = _monitor(training, own), Recorder(training.kind, training.model)
+        monitors, recorder = Monitors(training, own, probed if probe else None), Recorder(training.kind, training.model)
     peer = _peer(spec, training, folder)
     injector.start()
     event = events.BY_NAME.get(spec.what)
@@ -111,29 +159,37 @@ def execute(spec: RunSpec, folder: Path) -> dict[str, Any]:
             torch.save(training.snapshot(), own / f"snapshot-{step}.pt")
             if peer is not None:
                 peer.save(own / f"pulsegrad-{step}.pkl")
-        if step == resume and monitor is not None:
-            state = monitor.state_dict()
-            monitor.close()
-            monitor = _monitor(training, own)
-            monitor.load_state_dict(state)
-        loss = training.advance(monitor, recorder, injector)
+        if step == resume and monitors is not None:
+            monitors.resume()
+        loss = training.advance(monitors, recorder, injector)
         if peer is not None:
             peer.judge(loss, training.optimizer.param_groups[0]["lr"])
     record: dict[str, Any] = {"spec": spec.to_dict(), "last_loss": loss}
-    if monitor is not None and recorder is not None:
-        monitor.close()
-        recorder.write(own)
-        if peer is not None:
-            peer.write(own)
-        coverage = monitor.coverage()
-        record |= {"alerts": len(monitor.alerts), "failures": {str(k): str(v) for k, v in coverage.failures.items()}}
-    else:
-        torch.save(training.model.state_dict(), own / BASE_FILE)
     if spec.role == "fault":
         fault = faults.BY_NAME[spec.what]
         record["right"] = faults.right_heads(training.kind, fault, list(spec.heads))
+    if monitors is not None:
+        monitors.close()
     record |= {"wall_s": time.perf_counter() - wall, "process_s": time.process_time() - process}
-    partial = own / f"{DONE}.part"
+    if monitors is None or recorder is None:
+        torch.save(training.model.state_dict(), own / BASE_FILE)
+        return _done(own, record)
+    if peer is not None:
+        peer.write(own)
+    if probe:
+        recorder.write(probed)
+        _done(probed, record | _seen(monitors.all[1]))
+    recorder.write(own)
+    return _done(own, record | _seen(monitors.all[0]))
+
+
+def _seen(monitor: IncoherenceMonitor) -> dict[str, Any]:
+    failures = {str(k): str(v) for k, v in monitor.coverage().failures.items()}
+    return {"alerts": len(monitor.alerts), "failures": failures}
+
+
+def _done(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    partial = folder / f"{DONE}.part"
     partial.write_text(json.dumps(record, indent=1))
-    os.replace(partial, own / DONE)
+    os.replace(partial, folder / DONE)
     return record

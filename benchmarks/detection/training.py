@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-
-from incoherence_monitor import IncoherenceMonitor
 
 from .data import Batches
 from .models import KINDS, ModelKind, build, with_lora
@@ -29,6 +27,13 @@ def schedule(step: int) -> float:
         return (step + 1) / WARMUP
     progress = min(1.0, (step - WARMUP) / (STEPS - WARMUP))
     return LAST_SHARE + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Watches(Protocol):
+    """What a step runs in: a monitor, or something in its place."""
+
+    def step(self, step: int) -> AbstractContextManager[Any]:
+        """As `IncoherenceMonitor.step`."""
 
 
 class Injector:
@@ -102,7 +107,7 @@ class Training:
         torch.set_rng_state(state["random"])
         return training
 
-    def advance(self, monitor: IncoherenceMonitor | None, recorder: Recorder | None, injector: Injector) -> float:
+    def advance(self, monitor: Watches | None, recorder: Recorder | None, injector: Injector) -> float:
         """One training step.
 
         Args:
