@@ -1,7 +1,8 @@
 """Commands from outside: small JSON files in the run's folder, put there by the command line, taken up by the live run.
 
 A file appears whole (it is renamed into place), is read once, and is kept under `done/` with the step it took effect
-with; one that cannot be followed is said once and kept under `refused/`.
+with; one that cannot be followed is said once and kept under `refused/`. What an earlier run has left there is kept
+under `earlier/` when another begins in its folder from the start: a mute of that run must not silence this one.
 
 Layer 3: imports commands, errors, records and reporting.
 """
@@ -22,7 +23,7 @@ from .reporting import Reporter
 FOLDER = "commands"
 LARGEST = 65_536
 """Bytes of a command file; ours have some hundred."""
-_DONE, _REFUSED = "done", "refused"
+_DONE, _REFUSED, _EARLIER = "done", "refused", "earlier"
 
 
 def post(directory: Path, command: Command) -> Path:
@@ -63,6 +64,14 @@ class Inbox:
         self._folder = directory / FOLDER
         self._reporter = reporter
         self._stuck: set[str] = set()
+        self._left_behind = self._lying()
+
+    def _lying(self) -> list[Path]:
+        """The files of commands, those that wait and those that took effect."""
+        try:
+            return sorted((*self._folder.glob("*.json"), *(self._folder / _DONE).glob("*.json")))
+        except OSError:
+            return []
 
     def take(self, layout: Layout | None, *, step: int) -> list[Command]:
         """The commands that have come since, oldest first.
@@ -73,6 +82,7 @@ class Inbox:
         """
         if layout is None or not self._folder.is_dir():
             return []
+        self._set_aside()
         commands: list[Command] = []
         for file in sorted(self._folder.glob("*.json")):
             if file.name in self._stuck:
@@ -87,8 +97,22 @@ class Inbox:
                 self._move(file, _REFUSED, file.name)
         return commands
 
+    def _set_aside(self) -> None:
+        """Before the first sample of a run that has not been restored: what lies there was given to another."""
+        behind, self._left_behind = self._left_behind, []
+        waiting = [file for file in behind if file.parent == self._folder]
+        for file in behind:
+            self._move(file, _EARLIER, file.name)
+        if waiting:
+            self._reporter.notice(
+                "commands of an earlier run",
+                f"{len(waiting)} mute or accept command(s) given before this run began were not taken up and are not "
+                f"followed; they lie in {self._folder / _EARLIER}. Give them again if they are meant for this run",
+            )
+
     def restore(self, *, after: int) -> None:
-        """Lay out again what took effect behind a step, as a run that goes on from there has not seen it."""
+        """Go on with a run: what took effect behind a step is laid out again, as it has not been seen there."""
+        self._left_behind = []
         for file in sorted((self._folder / _DONE).glob("*.json")):
             number, _, name = file.name.partition("-")
             if number.isdigit() and int(number) > after:

@@ -200,6 +200,29 @@ def test_a_command_behind_the_checkpoint_is_taken_up_again(tmp_path):
     assert len(second.coverage().muted) == 1
 
 
+def test_mutes_of_an_earlier_run_do_not_silence_the_next_one_in_its_folder(tmp_path, caplog):
+    """One took effect and one came too late; a resume of the second run must not find the first one either."""
+    with monitor_in(tmp_path) as first:
+        drive(first, range(30), key_heads=4)
+        first.flush()
+        assert main(["mute", str(tmp_path), "--layer", "second"]) == 0
+        drive(first, range(30, 33), key_heads=4)
+    assert main(["mute", str(tmp_path), "--layer", "second", "--samples", "90"]) == 0
+    with monitor_in(tmp_path) as second:
+        drive(second, range(28), key_heads=4)
+        state = second.state_dict()
+        drive(second, range(28, 55), change=grow_one_head, key_heads=4)
+        assert not second.coverage().muted
+    with monitor_in(tmp_path) as resumed:
+        resumed.load_state_dict(state)
+        drive(resumed, range(28, 55), change=grow_one_head, key_heads=4)
+        assert not resumed.coverage().muted
+    assert [alert.step for alert in second.alerts] == [alert.step for alert in resumed.alerts] != []
+    said = [record.message for record in caplog.records if "given before this run began" in record.message]
+    assert len(said) == 1
+    assert len(list((tmp_path / "commands" / "earlier").iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -235,22 +258,22 @@ def test_what_is_no_plain_file_is_not_opened(tmp_path):
     """A pipe would be waited for, for ever; a link may lead anywhere."""
     folder = tmp_path / "commands"
     folder.mkdir()
+    inbox = Inbox(tmp_path, Reporter())
     os.mkfifo(folder / "1.json")
     (folder / "2.json").symlink_to("/dev/zero")
     (folder / "3.json").mkdir()
-    inbox = Inbox(tmp_path, Reporter())
     assert not inbox.take(LAYOUT, step=1)
     assert sorted(path.name for path in (folder / "refused").iterdir()) == ["1.json", "2.json", "3.json"]
 
 
 def test_a_file_that_cannot_be_moved_is_read_once(tmp_path, monkeypatch):
+    inbox = Inbox(tmp_path, Reporter())
     post(tmp_path, Mute())
 
     def refuse(self, target):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("pathlib.Path.rename", refuse)
-    inbox = Inbox(tmp_path, Reporter())
     assert inbox.take(LAYOUT, step=1) == [Mute()]
     assert not inbox.take(LAYOUT, step=2)
 

@@ -1,6 +1,6 @@
-"""Is a broken head seen sooner, or at all, on a fixed batch than on the live one? The same runs, watched both ways.
+r"""Is a broken head seen sooner, or at all, on a fixed batch than on the live one? The same runs, watched both ways.
 
-    python -m benchmarks.detection run --folder F --workers 2 --probe --only='-(51\\d\\d|590\\d)$'
+    python -m benchmarks.detection run --folder F --workers 2 --probe --only='-(51\d\d|590\d)$'
     python -m benchmarks.detection.probed --folder F
 
 The first command makes the held-out runs of the fault bench with two monitors: one of the live batch, as the bench
