@@ -132,7 +132,9 @@ def _fit(values: SingleArray, ticks: NDArray[np.int32], tick: int) -> tuple[Floa
     squares = max(float((time.astype(np.float64) ** 2).sum()), 1e-12)
     mean = values.mean(axis=1, dtype=np.float64)
     residual = values - mean[:, None].astype(np.float32)
-    slope = (residual @ time).astype(np.float64) / squares
+    # Not `@`: what BLAS makes of a row depends on the processor and on how many rows there are, and so would alerts.
+    # Products of two float32 are exact in float64.
+    slope = np.einsum("sn,n->s", residual, time, dtype=np.float64) / squares
     residual -= slope[:, None].astype(np.float32) * time
     ordered = np.sort(np.abs(residual), axis=1)
     median = (ordered[:, (number - 1) // 2].astype(np.float64) + ordered[:, number // 2]) / 2

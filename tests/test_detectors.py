@@ -55,6 +55,22 @@ def one_line(values, ticks, tick):
     return at_zero + slope * ahead, max(1.4826 * mad, 0.01) * factor
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 40), st.integers(8, 80), st.integers(0, 1000))
+def test_a_line_is_the_same_whatever_is_drawn_beside_it(streams, samples, seed):
+    """To the last bit, or what becomes of a head would depend on how many others there are, and on the processor."""
+    values = 1 + 0.1 * np.random.default_rng(seed).normal(size=(samples, streams))
+    together, alone = Baseline(streams, 40), [Baseline(1, 40) for _ in range(streams)]
+    for tick, row in enumerate(values):
+        together.push(row, tick, np.ones(streams, dtype=bool))
+        for value, each in zip(row, alone, strict=True):
+            each.push(np.array([value]), tick, np.ones(1, dtype=bool))
+    lines = [each.predict(samples) for each in alone]
+    expected, scale = together.predict(samples)
+    assert np.array_equal(expected, [line.value[0] for line in lines])
+    assert np.array_equal(scale, [line.scale[0] for line in lines])
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(24, 60), st.integers(0, 1000), st.floats(0, 0.2), st.floats(-0.05, 0.05))
 def test_baseline_is_its_definition_stream_by_stream(samples, seed, scale, trend):
