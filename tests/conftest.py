@@ -37,6 +37,17 @@ def no_pictures():
         yield
 
 
+@pytest.fixture
+def no_trace_of_the_bench():
+    """The fault bench draws no pictures and demands determinism, for its own processes alone."""
+    from incoherence_monitor.dashboard import Dashboard
+
+    before = Dashboard.wants_pictures, torch.are_deterministic_algorithms_enabled()
+    yield
+    Dashboard.wants_pictures = before[0]
+    torch.use_deterministic_algorithms(before[1])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def patience():
     """What draws pictures steps back behind others: on a machine full of tests one may take minutes."""

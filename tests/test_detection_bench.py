@@ -20,20 +20,9 @@ from incoherence_monitor import History
 
 from .models import OF_CHANGES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_trace_of_the_bench")
 
 START = 10
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_trace():
-    """The bench draws no pictures and demands determinism, for its own processes alone."""
-    from incoherence_monitor.dashboard import Dashboard
-
-    before = Dashboard.wants_pictures, torch.are_deterministic_algorithms_enabled()
-    yield
-    Dashboard.wants_pictures = before[0]
-    torch.use_deterministic_algorithms(before[1])
 
 
 def healthy(model, folder, *, seed=0, steps=20, split="tune"):

@@ -12,14 +12,7 @@ from benchmarks.detection import faster_start
 from benchmarks.detection.models import KINDS
 from benchmarks.detection.training import Injector, Training
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_trace():
-    before = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("one_thread", "no_trace_of_the_bench")
 
 
 def test_samples_before_the_first_step_change_nothing_in_the_training():

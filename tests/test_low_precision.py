@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 pytest.importorskip("benchmarks.detection", reason="benchmarks are not part of this checkout")
 pytest.importorskip("transformers")
@@ -12,14 +11,12 @@ from benchmarks.detection import low_precision
 
 from . import biased_attention
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_trace_of_the_bench")
 
 
 @pytest.fixture(autouse=True)
-def _leave_no_trace():
-    before = torch.are_deterministic_algorithms_enabled()
+def _biased_no_longer():
     yield
-    torch.use_deterministic_algorithms(before)
     biased_attention.OFF.clear()
     biased_attention.ONE_SIDED[0] = False
 

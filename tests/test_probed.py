@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("benchmarks.detection", reason="benchmarks are not part of this checkout")
 pytest.importorskip("transformers")
@@ -13,20 +12,9 @@ pytest.importorskip("peft")
 from benchmarks.detection import plan, probed, rounds, runs
 from benchmarks.detection.recorded import load
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_trace_of_the_bench")
 
 SEED = rounds.FIRST_SEED[rounds.LATEST]
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_trace():
-    """The bench draws no pictures and demands determinism, for its own processes alone."""
-    from incoherence_monitor.dashboard import Dashboard
-
-    before = Dashboard.wants_pictures, torch.are_deterministic_algorithms_enabled()
-    yield
-    Dashboard.wants_pictures = before[0]
-    torch.use_deterministic_algorithms(before[1])
 
 
 def made(folder, *, probe):

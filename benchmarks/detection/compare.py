@@ -14,10 +14,8 @@ import copy
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +27,8 @@ from incoherence_monitor.records import Alert, BoolArray, LayerInfo, Layout
 from incoherence_monitor.stats import DEFAULT_ALERTING, statistic
 from incoherence_monitor.sums import SampleSums
 
-from .plan import FORKED, RunSpec
-from .recorded import Recorded, load
+from .plan import RunSpec
+from .recorded import Recorded, by_family, load
 from .scoring import FloatArray, Place, Truth
 
 NOMINAL = (100.0, 200.0, 500.0, 1000.0)
@@ -319,11 +317,4 @@ def score_all(folder: Path, specs: Sequence[RunSpec], *, workers: int) -> list[S
         specs: the runs.
         workers: processes.
     """
-    families: dict[str, list[str]] = {}
-    for spec in specs:
-        families.setdefault(spec.parent if spec.role in FORKED else spec.name, []).append(spec.name)
-    if workers <= 1:
-        return [scored for names in families.values() for scored in score_family(folder, names)]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(score_family, folder, names) for names in families.values()]
-        return [scored for future in waiting for scored in future.result()]
+    return by_family(score_family, folder, specs, workers=workers)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from .compare import NOMINAL, Scored, Signal
 from .faults import BY_NAME, FaultKind
+from .plan import RunSpec
 from .rounds import LATEST
 from .scoring import (
     QUIET,
@@ -28,6 +29,14 @@ from .scoring import (
 MATCHED_PER_THOUSAND = 1.0
 """False alarms per 1000 samples of the whole model at which signals are compared."""
 GROUPS = ("one head", "one layer", "all heads", "kernel", "data", "organic", "blind")
+
+
+class _Scored(Protocol):
+    @property
+    def spec(self) -> RunSpec: ...
+
+
+OfRun = TypeVar("OfRun", bound=_Scored)
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,14 @@ def group_of(fault: FaultKind, scope: str) -> str:
     if fault.side == "data":
         return "data"
     return {"one": "one head", "layer": "one layer", "all": "all heads"}[scope]
+
+
+def by_group(faults: Iterable[OfRun]) -> dict[str, list[OfRun]]:
+    """Faults by group, in the order of the tables; groups that have none are left out."""
+    found: dict[str, list[OfRun]] = {name: [] for name in GROUPS}
+    for one in faults:
+        found[group_of(BY_NAME[one.spec.what], one.spec.scope)].append(one)
+    return {name: mine for name, mine in found.items() if mine}
 
 
 class Bench:
@@ -177,11 +194,8 @@ def evaluate(scored: Sequence[Scored], signals: dict[str, Signal]) -> dict[str, 
     """
     tune, held = Bench(scored, "tune"), Bench(scored, "held-out")
     points = operating_points(tune, signals)
-    groups: dict[str, list[Scored]] = {name: [] for name in GROUPS}
-    for one in held.faults:
-        groups[group_of(BY_NAME[one.spec.what], one.spec.scope)].append(one)
-    parts = {name: faults for name, faults in groups.items() if faults}
-    one_head = groups["one head"]
+    groups = by_group(held.faults)
+    one_head = groups.get("one head", [])
     finer = {
         "one head, kinds never looked at": [one for one in one_head if BY_NAME[one.spec.what].declared == LATEST],
         "one head, plain": [one for one in one_head if one.spec.severity not in BY_NAME[one.spec.what].subtle],
@@ -191,6 +205,7 @@ def evaluate(scored: Sequence[Scored], signals: dict[str, Signal]) -> dict[str, 
             for side in ("key", "query", "value")
         },
     }
+    broad = {"one head": one_head, "all heads": groups.get("all heads", []) + groups.get("one layer", [])}
     kinds: dict[str, list[Scored]] = {}
     for one in held.faults:
         kinds.setdefault(f"{one.spec.what}, {one.spec.scope}", []).append(one)
@@ -207,7 +222,7 @@ def evaluate(scored: Sequence[Scored], signals: dict[str, Signal]) -> dict[str, 
         "false_alarms": {point.title: false_alarms(held, point) for point in points},
         "false_alarms_tune": {point.title: false_alarms(tune, point) for point in points},
         "calibration": calibration([held]),
-        "groups": {name: summary(held, faults, points) for name, faults in {**parts, **finer}.items() if faults},
+        "groups": {name: summary(held, faults, points) for name, faults in {**groups, **finer}.items() if faults},
         "kinds": {name: summary(held, faults, points) for name, faults in sorted(kinds.items())},
         "roc": {
             name: {
@@ -217,7 +232,7 @@ def evaluate(scored: Sequence[Scored], signals: dict[str, Signal]) -> dict[str, 
                 for key in signals
                 if not signals[key].fixed
             }
-            for name, faults in {"one head": one_head, "all heads": groups["all heads"] + groups["one layer"]}.items()
+            for name, faults in broad.items()
             if faults
         },
         "runs": {

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,10 +23,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from benchmarks import results_file
 
 from .compare import NOMINAL, Past, Series, ours
-from .evaluate import GROUPS, MATCHED_PER_THOUSAND, group_of
-from .faults import BY_NAME
-from .plan import FORKED, RunSpec
-from .recorded import done_runs, load
+from .evaluate import MATCHED_PER_THOUSAND, by_group
+from .plan import RunSpec
+from .recorded import by_family, done_runs, load
 from .runs import PROBED
 from .scoring import Detection, Truth, detect, false_rate, matched_threshold
 
@@ -72,24 +69,15 @@ def score_family(folder: Path, names: Sequence[str]) -> list[Both]:
 
 def score_all(folder: Path, *, workers: int) -> list[Both]:
     """All held-out runs that were watched both ways."""
-    families: dict[str, list[str]] = {}
-    for spec in done_runs(folder / PROBED):
-        if spec.split == "held-out":
-            families.setdefault(spec.parent if spec.role in FORKED else spec.name, []).append(spec.name)
-    if not families:
+    specs = [spec for spec in done_runs(folder / PROBED) if spec.split == "held-out"]
+    if not specs:
         raise SystemExit(f"{folder} holds no held-out run with a probe; make them with `run --probe` (see --help).")
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(score_family, folder, names) for names in families.values()]
-        return [both for future in waiting for both in future.result()]
+    return by_family(score_family, folder, specs, workers=workers)
 
 
 def groups(runs: Sequence[Both]) -> dict[str, list[Both]]:
-    """Faults by group, in the order of the bench's tables."""
-    found: dict[str, list[Both]] = {name: [] for name in GROUPS}
-    for one in runs:
-        if one.spec.role == "fault":
-            found[group_of(BY_NAME[one.spec.what], one.spec.scope)].append(one)
-    return {name: mine for name, mine in found.items() if mine}
+    """Faults by group."""
+    return by_group(one for one in runs if one.spec.role == "fault")
 
 
 def found_rows(parts: dict[str, list[Both]], look: Callable[[Both, str], Detection]) -> list[dict[str, Any]]:

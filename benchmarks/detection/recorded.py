@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +23,8 @@ from .rounds import split_of
 from .runs import DONE
 from .scoring import FloatArray, Truth
 from .signals import read_entropy, read_steps
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,20 @@ def done_runs(folder: Path) -> list[RunSpec]:
     names = sorted(path.parent.name for path in folder.glob(f"*/{DONE}"))
     specs = [specification(folder, name)[0] for name in names]
     return [spec for spec in specs if spec.role != "base" and (spec.role not in FORKED or spec.parent in names)]
+
+
+def by_family(
+    score: Callable[[Path, Sequence[str]], list[T]], folder: Path, specs: Sequence[RunSpec], *, workers: int
+) -> list[T]:
+    """What `score` makes of many runs, called with the folder and the names of all forks of one run together."""
+    families: dict[str, list[str]] = {}
+    for spec in specs:
+        families.setdefault(spec.parent if spec.role in FORKED else spec.name, []).append(spec.name)
+    if workers <= 1:
+        return [scored for names in families.values() for scored in score(folder, names)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        waiting = [pool.submit(score, folder, names) for names in families.values()]
+        return [scored for future in waiting for scored in future.result()]
 
 
 def load(folder: Path, name: str) -> Recorded:
