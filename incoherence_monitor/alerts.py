@@ -4,7 +4,7 @@ An **episode** opens with an alert and closes after a few calm samples (well bel
 its values have come to rest at another level, or when a user accepts it; while it is open nothing more is told about
 its head. A query head whose key head is drifting is part of that. A muted episode opens and closes without a word.
 
-Layer 2: imports causes, episodes, findings, loss, messages, records, stats and verdict.
+Layer 2: imports episodes, findings, messages, records, stats, telling and verdict.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 
 from . import messages
-from .causes import likely_cause, pattern
 from .episodes import Episode, Marked, Waiting
-from .findings import MODEL, Finding, Place, group
-from .loss import movement
-from .records import Alert, AlertKind, BoolArray, Event, EventKind, Layout, head_label
+from .findings import MILD, MODEL, Finding, Place, group
+from .records import Alert, BoolArray, Event, EventKind, Layout
 from .stats import HeadKind
+from .telling import alert_of, onset
 from .verdict import Verdict
 
 CALM_SAMPLES = 4
@@ -84,11 +83,17 @@ class AlertBook:
         for found in sorted(audible, key=_order):
             known = self.episodes.get(found.place)
             # A head that was drifting and is now past repair is news; so is one that is muted no more.
-            if known is not None and known.told and (known.rule != "drift" or found.rule == "drift"):
+            if known is not None and known.told and (known.rule not in MILD or found.rule in MILD):
                 continue
             if not self._is_part_of_another(found):
+                suspected = self._suspected(found, step)
                 self._open(found, step, told=True)
-                opened.append(self._alert(found, verdict, step, losses, checkpoints or {}))
+                opened.append(
+                    alert_of(
+                        found, self.layout, verdict, step=step, critical=self.episodes[found.place].critical,
+                        suspected=suspected, run=self.run, losses=losses, checkpoints=checkpoints or {},
+                    )
+                )  # fmt: skip
         for found in sorted(grouped, key=_order):
             if found.place not in self.episodes and not self._is_part_of_another(found):
                 self._open(found, step, told=False)
@@ -97,10 +102,19 @@ class AlertBook:
         return opened, closed
 
     def _open(self, found: Finding, step: int, *, told: bool) -> None:
-        critical = found.rule != "drift" or found.place[0] in ("layer", "model")
+        critical = found.rule not in MILD or found.place[0] in ("layer", "model")
         heads = found.heads or (() if found.place == MODEL else (found.place,))
-        since = step if found.since < 0 else found.since
+        since, known = onset(found, step), self.episodes.get(found.place)
+        # What has become worse began when it began.
+        since = since if known is None else min(since, known.since)
         self.episodes[found.place] = Episode(since, found.rule, found.statistic, critical, list(heads), told=told)
+
+    def _suspected(self, found: Finding, step: int) -> int:
+        """Step from which something of a finding's layer drifts: what was saved after it may hold the fault."""
+        mine = [
+            episode.since for place, episode in self.episodes.items() if place[1] == found.place[1] and episode.told
+        ]
+        return min([onset(found, step), *mine])
 
     @property
     def drifting(self) -> int:
@@ -243,60 +257,6 @@ class AlertBook:
                     events.append(self._close(place, "closed", step))
         return events
 
-    def _alert(
-        self,
-        found: Finding,
-        verdict: Verdict,
-        step: int,
-        losses: Sequence[tuple[int, float]],
-        checkpoints: Mapping[int, str],
-    ) -> Alert:
-        kind, at, head = found.place
-        layer = None if at < 0 else self.layout.layers[at]
-        place = messages.where(kind, layer, None if head < 0 else head)
-        since = step if found.since < 0 else found.since
-        moved = movement(losses, since)
-        clean = [before for before in checkpoints if before < since]
-        around = messages.Surroundings(
-            likely_cause(pattern(self.layout, verdict, found.place), found.statistic, found.deviation),
-            "" if moved is None else moved.words(),
-            checkpoints[max(clean)] if clean else "",
-        )
-        name = None if layer is None else layer.name
-        label = None if layer is None or head < 0 else _label(kind, head)
-        mute = messages.request("mute", self.run, name, label)
-        if found.rule == "non_finite":
-            message = messages.non_finite_message(place, kind, since, others=found.others, around=around, mute=mute)
-        elif found.rule == "runaway":
-            message = messages.runaway_message(
-                place, kind, found.value, found.baseline, since, around=around, mute=mute
-            )
-        elif found.rule == "shift":
-            precision = (layer or self.layout.layers[0]).precision
-            message = messages.shift_message(
-                place, kind, precision, found.value, found.baseline, since, around=around, mute=mute
-            )
-        else:
-            message = messages.drift_message(
-                place, kind, found.statistic,
-                value=found.value, baseline=found.baseline, deviation=found.deviation, since_step=since,
-                around=around, mute=mute,
-            )  # fmt: skip
-        return Alert(
-            step=step,
-            since_step=since,
-            layer=name,
-            layer_index=None if layer is None else layer.index,
-            kind=kind,
-            head=None if head < 0 else head,
-            statistic=found.statistic,
-            value=found.value,
-            baseline=found.baseline,
-            deviation=found.deviation,
-            severity="critical" if self.episodes[found.place].critical else "warning",
-            message=message,
-        )
-
     def grow(self, layout: Layout) -> None:
         """Take over a layout with more layers; open episodes move to their layer's new position."""
         moved = {layer.name: at for at, layer in enumerate(layout.layers)}
@@ -320,10 +280,6 @@ class AlertBook:
         for (kind, at, head), episode in state["episodes"]:
             heads: list[Place] = [(head_kind, layer, number) for head_kind, layer, number in episode["heads"]]
             self.episodes[kind, at, head] = Episode(**{**episode, "heads": heads})
-
-
-def _label(kind: AlertKind, head: int) -> str:
-    return head_label(0, "key" if kind == "key" else "query", head).rpartition("/")[2]
 
 
 def _order(found: Finding) -> tuple[Any, ...]:

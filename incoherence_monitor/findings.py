@@ -32,11 +32,18 @@ _NON_FINITE_SHOWN_AS: dict[HeadKind, str] = {"key": "key_norm", "query": "energy
 Place = tuple[AlertKind, int, int]
 """Kind, position of the layer in the layout (-1 for the model), head (-1 for a layer or the model)."""
 MODEL: Place = ("model", -1, -1)
-_RULES = ("drift", "runaway", "shift", "non_finite")
+_RULES = ("drift", "high", "runaway", "shift", "non_finite")
 """From the mildest to the worst."""
-BOUNDED = {"runaway": "energy_scale", "shift": "shift_residual"}
+MILD = ("drift", "high")
+"""Rules by which a single head is a warning."""
+BOUNDED = {"high": "energy_scale", "runaway": "energy_scale", "shift": "shift_residual"}
 """Rules that are an absolute bound, with the statistic that each one bounds."""
-_BEYOND_BOUND = {name: rule for rule, name in BOUNDED.items()}
+RUN_AWAY = 30.0
+"""Logits beyond so many nats have run away, whatever their own past led to."""
+FEW_SHARE = 0.01
+"""Share of the query heads that may be past the bound before all of them have run away; one head may always be."""
+LEAP = 5.0
+"""Deviation from which a single sample is none that a head's own past led to."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Finding:
 
     Attributes:
         place: where.
-        rule: "drift", "runaway", "shift" or "non_finite".
+        rule: "drift", "high", "runaway", "shift" or "non_finite".
         statistic: the statistic that moved furthest.
         value: its value.
         baseline: the value expected, or the bound passed.
@@ -108,8 +115,10 @@ def find(
 
     for at in map(int, np.flatnonzero(verdict.alarm | _nearly_there(layout, verdict))):
         add(at, "drift", float(verdict.expected[at]), float(verdict.deviation[at]), int(verdict.since[at]))
-    for at in map(int, np.flatnonzero(_beyond(layout, values, bounds))):
-        rule = _BEYOND_BOUND[layout.rows[names[at]].name]
+    beyond = _beyond(layout, values, bounds)
+    high = _high(layout, values, verdict, beyond)
+    for at in map(int, np.flatnonzero(beyond)):
+        rule = "shift" if kinds[names[at]] == "key" else "high" if high[at] else "runaway"
         add(at, rule, float(bounds[at]), float(verdict.deviation[at]), step)
     for at in map(int, np.flatnonzero(non_finite)):
         row = layout.rows[names[at]]
@@ -164,6 +173,21 @@ def _beyond(layout: Layout, values: FloatArray, bounds: FloatArray) -> BoolArray
         runaway[layout.slices["energy_scale"]] = beyond[layout.slices["energy_scale"]]
         beyond[shift] &= ~_of_the_same_key_heads(layout, runaway)[shift]
     return beyond
+
+
+def _high(layout: Layout, values: FloatArray, verdict: Verdict, beyond: BoolArray) -> BoolArray:
+    """[S] streams past the bound of their logits which are where their own past led, and hardly any other is.
+
+    A head of a healthy model may learn to attend to one token: its logits grow little by little, come to rest and harm
+    nothing. Logits that run away leap there, take others with them or grow on.
+    """
+    high = np.zeros(layout.size, dtype=bool)
+    part = layout.slices["energy_scale"]
+    if 0 < beyond[part].sum() <= max(1.0, FEW_SHARE * (part.stop - part.start)):
+        steady = verdict.armed & ~verdict.restless & (np.nan_to_num(np.abs(verdict.deviation)) < LEAP)
+        steady &= (values <= RUN_AWAY) & ~_of_the_same_key_heads(layout, verdict.alarm)
+        high[part] = (beyond & steady)[part]
+    return high
 
 
 def _of_the_same_key_heads(layout: Layout, marked: BoolArray) -> BoolArray:

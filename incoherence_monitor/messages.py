@@ -26,12 +26,14 @@ class Surroundings:
     Attributes:
         cause: the likely cause and where to look first.
         loss: how the loss stands, empty where it is not known.
-        checkpoint: the last checkpoint before the onset, empty where none is known.
+        checkpoint: the last checkpoint before anything of its layer drifted, empty where none is known.
+        suspected: the step from which something of its layer drifts; None from the onset itself.
     """
 
     cause: str = ""
     loss: str = ""
     checkpoint: str = ""
+    suspected: int | None = None
 
 
 def where(kind: AlertKind, layer: LayerInfo | None, head: int | None) -> str:
@@ -55,9 +57,11 @@ def _loss(around: Surroundings, kind: AlertKind) -> str:
 
 
 def _checkpoint(around: Surroundings, since_step: int) -> str:
+    earlier = around.suspected is not None and around.suspected < since_step
+    before = f"step {around.suspected}, where an open alert of its layer begins" if earlier else ""
     if around.checkpoint:
-        return f"{around.checkpoint}, the last checkpoint before it"
-    return f"the last checkpoint before step {since_step}"
+        return f"{around.checkpoint}, the last checkpoint before {before or 'it'}"
+    return f"the last checkpoint before {before or f'step {since_step}'}"
 
 
 def request(verb: str, run: str, layer: str | None, label: str | None) -> str:
@@ -111,15 +115,31 @@ def non_finite_message(
     )
 
 
-def runaway_message(
-    place: str, kind: AlertKind, value: float, bound: float, since_step: int, *, around: Surroundings, mute: str
+def logits_message(
+    place: str,
+    kind: AlertKind,
+    value: float,
+    bound: float,
+    since_step: int,
+    *,
+    ran_away: bool,
+    around: Surroundings,
+    mute: str,
 ) -> str:
-    """The centred logits passed the absolute bound."""
-    return (
+    """The centred logits passed the absolute bound: they ran away, or are where their own past led."""
+    begin = (
         f"{place}: the centred attention logits have a standard deviation of {_number(value)} nats at step "
-        f"{since_step}, above the bound of {_number(bound)}, so that attention is all but one-hot{_loss(around, kind)}."
-        f" {_PROBABLY}the learning rate is too high or there is no warm-up. Lower it or add QK-norm, from "
-        f"{_checkpoint(around, since_step)}{_SILENCE}{mute}"
+        f"{since_step}, above the bound of {_number(bound)}, so that attention is all but one-hot{_loss(around, kind)}"
+    )
+    if ran_away:
+        return (
+            f"{begin}. {_PROBABLY}the learning rate is too high or there is no warm-up. Lower it or add QK-norm, from "
+            f"{_checkpoint(around, since_step)}{_SILENCE}{mute}"
+        )
+    return (
+        f"{begin}; they grew to it little by little, and hardly any other head is there. {_PROBABLY}this head has "
+        "learned to attend to one token. Watch whether they grow on or others follow, which pages; then lower the "
+        f"learning rate or add QK-norm, from {_checkpoint(around, since_step)}{_SILENCE}{mute}"
     )
 
 

@@ -30,6 +30,7 @@ LAYERS = [
         "detectors",
         "findings",
         "alerts",
+        "telling",
     }
     | {"commands", "causes", "episodes", "loss"},
     {"aside", "windows", "shares", "capture", "sums", "keeping", "yielded", "together"}
@@ -55,7 +56,8 @@ SIDEWAYS = {
     "commands": {"config", "records", "stats"},
     "causes": {"findings", "records", "stats", "verdict"},
     "episodes": {"findings", "records", "stats", "verdict"},
-    "alerts": {"causes", "episodes", "findings", "loss", "messages", "records", "stats", "verdict"},
+    "telling": {"causes", "findings", "loss", "messages", "records", "verdict"},
+    "alerts": {"episodes", "findings", "messages", "records", "stats", "telling", "verdict"},
     "shares": {"windows"},
     "keeping": {"windows", "capture"},
     "yielded": {"sums"},

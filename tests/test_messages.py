@@ -16,7 +16,8 @@ TEXTS = {
         "Layer 1", "layer", "key_norm", value=2, baseline=1, deviation=5, since_step=7, around=AROUND, mute="m"
     ),
     "non-finite": messages.non_finite_message("Key head 1", "key", 7, others=2, around=AROUND, mute="m"),
-    "runaway": messages.runaway_message("Query head 1", "query", 17.0, 15.0, 7, around=AROUND, mute="m"),
+    "runaway": messages.logits_message("Query head 1", "query", 17.0, 15.0, 7, ran_away=True, around=AROUND, mute="m"),
+    "high": messages.logits_message("Query head 1", "query", 17.0, 15.0, 7, ran_away=False, around=AROUND, mute="m"),
     "shift": messages.shift_message("Key head 1", "key", "float16", 0.1, 2.5e-3, 7, around=AROUND, mute="m"),
 }
 

@@ -29,10 +29,12 @@ HEALTHY: dict[Round, dict[str, int]] = {
     "fourth": {"learned": 10, "gqa": 7, "qknorm": 8, "sliding": 6, "large": 4, "lora": 5},
     "fifth": {"learned": 10, "gqa": 7, "qknorm": 8, "sliding": 6, "large": 4, "lora": 5},
     "sixth": {"learned": 10, "gqa": 7, "qknorm": 8, "sliding": 6, "large": 4, "lora": 5},
+    "control": {"learned": 20, "gqa": 14, "qknorm": 16, "sliding": 12, "large": 8, "lora": 10},
 }
 BASES: dict[Round, tuple[int, ...]] = {
     "first": (900,), "second": (1900, 1901), "calibration": (1900, 1901), "third": (2900, 2901),
     "fourth": (3900, 3901), "fifth": (4900, 4901), "sixth": (5900, 5901),
+    "control": (5900, 5901),
 }  # fmt: skip
 """Seeds of the models that "lora" adapts."""
 DRAWN_AS: dict[Round, str] = {
@@ -122,8 +124,8 @@ def _healthy() -> tuple[list[RunSpec], dict[Round, list[RunSpec]]]:
                 rate = KINDS[model].learning_rates[at % 3]
                 parent = f"base-{seeds[at % len(seeds)]}" if model == "lora" else ""
                 name = f"healthy-{model}-{seed:04d}"
-                # Nothing is forked off the runs that are for calibration alone.
-                snapshots = () if number == "calibration" else (EARLY_STEP, FORK_STEP)
+                # Nothing is forked off the runs that are for calibration alone, nor off those for control.
+                snapshots = (EARLY_STEP, FORK_STEP) if DECLARED[number] else ()
                 runs[number].append(RunSpec(name, "healthy", model, seed, rate, split, parent, snapshots=snapshots))
     return list(bases.values()), runs
 

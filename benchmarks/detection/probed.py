@@ -25,7 +25,7 @@ from benchmarks import results_file
 from .compare import NOMINAL, Past, Series, ours
 from .evaluate import MATCHED_PER_THOUSAND, by_group
 from .plan import RunSpec
-from .recorded import by_family, done_runs, load
+from .recorded import arguments, by_family, done_runs, load
 from .runs import PROBED
 from .scoring import Detection, Truth, detect, false_rate, matched_threshold
 
@@ -145,10 +145,7 @@ def kind_rows(runs: Sequence[Both]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Judge all and write both files."""
-    parser = results_file.arguments(__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("build/detection"))
-    parser.add_argument("--workers", type=int, default=2)
-    given = parser.parse_args()
+    given = arguments(__doc__).parse_args()
     runs = score_all(given.folder, workers=given.workers)
     parts, thresholds = groups(runs), matched(runs)
     as_it_comes = found_rows(parts, lambda one, way: one.detection(way))

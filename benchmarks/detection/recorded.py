@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import results_file
 from incoherence_monitor import History
 from incoherence_monitor.records import Layout
 
@@ -89,6 +91,14 @@ def done_runs(folder: Path) -> list[RunSpec]:
     names = sorted(path.parent.name for path in folder.glob(f"*/{DONE}"))
     specs = [specification(folder, name)[0] for name in names]
     return [spec for spec in specs if spec.role != "base" and (spec.role not in FORKED or spec.parent in names)]
+
+
+def arguments(describe: str | None) -> argparse.ArgumentParser:
+    """A parser for what judges recorded runs: where they lie, how many processes, where results go."""
+    parser = results_file.arguments(describe)
+    parser.add_argument("--folder", type=Path, default=Path("build/detection"))
+    parser.add_argument("--workers", type=int, default=2)
+    return parser
 
 
 def by_family(
