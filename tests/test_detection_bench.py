@@ -161,6 +161,18 @@ def test_the_plan_is_deterministic_and_keeps_tune_and_held_out_apart():
     assert sum(run.seconds for run in runs_of) < 3 * 2 * 3600
 
 
+def test_the_control_round_is_held_out_and_meets_no_other_run():
+    control, bench = plan.make_control(), plan.make_plan()
+    healthy = [run for run in control if run.role == "healthy"]
+    assert len(healthy) == sum(plan.CONTROL.values()) == len({run.name for run in healthy}) >= 30
+    assert all(run.split == "held-out" and run.seed >= rounds.FIRST_SEED["control"] for run in healthy)
+    assert not {run.name for run in healthy} & {run.name for run in bench}
+    assert [run for run in control if run not in healthy] == [
+        run for run in bench if run.name in ("base-5900", "base-5901")
+    ]
+    assert sum(run.seconds for run in control) < 3 * 2 * 3600
+
+
 def test_right_heads_follow_the_rule():
     gqa = models.KINDS["gqa"]
     key = faults.right_heads(gqa, faults.BY_NAME["wk_scale"], [(1, 2)])

@@ -1,6 +1,6 @@
-r"""Logits of one head that grew past their bound little by little are a warning: what that spares, and what it costs.
+"""Logits of one head that grew past their bound little by little are a warning: what that spares, and what it costs.
 
-    python -m benchmarks.detection run --folder F --workers 2 --only='-(71\d\d|590\d)$'
+    python -m benchmarks.detection run --folder F --workers 2 --control
     python -m benchmarks.detection.high_logits --folder F
 
 The first command makes the healthy runs of the control round, which were made after the rule was. The second judges all

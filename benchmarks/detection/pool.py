@@ -10,7 +10,7 @@ import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
-from .plan import RunSpec, describe, make_plan
+from .plan import RunSpec, describe, make_control, make_plan
 from .runs import execute, is_done
 
 FAILED = "failed.txt"
@@ -26,7 +26,7 @@ def _one(spec: RunSpec, folder: Path, probe: bool) -> float:
         return float("nan")
 
 
-def run(folder: Path, *, workers: int, only: str = "", probe: bool = False) -> int:
+def run(folder: Path, *, workers: int, only: str = "", probe: bool = False, control: bool = False) -> int:
     """Make all runs that are not done.
 
     Args:
@@ -34,12 +34,13 @@ def run(folder: Path, *, workers: int, only: str = "", probe: bool = False) -> i
         workers: processes, one thread each.
         only: regular expression found in the names of runs to make; "" makes all.
         probe: whether a second monitor measures a fixed batch in each.
+        control: make the control round instead of the bench.
 
     Returns:
         Number of runs that failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    plan = [spec for spec in make_plan() if re.search(only, spec.name)]
+    plan = [spec for spec in (make_control() if control else make_plan()) if re.search(only, spec.name)]
     (folder / "plan.json").write_text(json.dumps([spec.to_dict() for spec in plan], indent=1))
     print(describe(plan), flush=True)
     todo = [spec for spec in plan if not is_done(folder, spec.name)]

@@ -12,7 +12,7 @@ it can only serve for tuning:
 - **fifth**: seeds from 4000; held out when it was first judged how weights move, looked at then. Tuning data since.
 - **sixth**: seeds from 5100; held out now. (5010 and 5011 were spent on other questions.)
 - **control**: seeds from 7100, healthy runs alone, held out. Made after the rule for the logits of one head had been
-  changed, which a healthy run of the sixth round had asked for.
+  changed, which a healthy run of the sixth round had asked for. A plan of its own, beside the bench.
 """
 
 from __future__ import annotations
