@@ -29,12 +29,23 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def no_pictures():
-    """Draw no head map, which takes seconds and is tested elsewhere."""
+    """Draw no head map, which takes seconds of a core and is tested elsewhere."""
     from incoherence_monitor.dashboard import Dashboard
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Dashboard, "wants_pictures", lambda self: False)
-        yield
+        yield patch
+
+
+@pytest.fixture
+def pictures(no_pictures):
+    """Draw them in this test after all, as by default."""
+    from incoherence_monitor.dashboard import Dashboard
+
+    drawing_none = Dashboard.wants_pictures
+    no_pictures.undo()
+    yield
+    no_pictures.setattr(Dashboard, "wants_pictures", drawing_none)
 
 
 @pytest.fixture

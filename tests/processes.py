@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from incoherence_monitor.dashboard import Dashboard
+
 LIMIT = 60
 """Seconds after which a collective that waits for another rank fails."""
 
 
 def run(function, world, folder, *arguments, limit=180):
-    """Call `function(rank, world, folder, *arguments)` in `world` processes; returns what each returned.
+    """Call `function(rank, world, folder, *arguments)` in `world` processes; returns what each did. No pictures.
 
     Raises:
         AssertionError: if one fails, or all are not done after `limit` seconds; none is left behind.
@@ -61,6 +63,7 @@ def _work(function, rank, world, folder, port, arguments):
         "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
     }  # fmt: skip
     torch.set_num_threads(1)
+    Dashboard.wants_pictures = lambda self: False
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=LIMIT))
     try:
         result = function(rank, world, folder, *arguments)

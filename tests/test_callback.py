@@ -23,6 +23,8 @@ from incoherence_monitor.trackers import InMemoryTracker
 
 from .models import batches, tiny_model, weights
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 CONFIG = MonitorConfig(window=32, baseline_samples=28)
 
 
@@ -88,6 +90,7 @@ def same_history(left: History, right: History) -> None:
     np.testing.assert_array_equal(left.losses, right.losses)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_trains_bit_identically_and_writes_history(tmp_path):
     plain = make_trainer(tmp_path / "plain", steps=12, gradient_accumulation_steps=2)
     plain.train()
@@ -109,7 +112,7 @@ def test_trains_bit_identically_and_writes_history(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def unbroken_run(tmp_path_factory):
+def unbroken_run(tmp_path_factory, no_pictures):
     """A run with a fault that never stopped, with checkpoints on the way."""
     folder = tmp_path_factory.mktemp("unbroken")
     callback = IncoherenceCallback(every=1, config=CONFIG)
@@ -227,6 +230,7 @@ def test_the_state_of_another_model_is_refused_when_training_starts(unbroken_run
         )
 
 
+@pytest.mark.usefixtures("pictures")
 def test_tensorboard_gets_scalars_pictures_and_alerts(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     pytest.importorskip("matplotlib")
@@ -313,6 +317,7 @@ def test_a_warning_neither_saves_nor_stops(tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_tracker_or_user_function_that_fails_does_not_stop_training(tmp_path, caplog):
     class Broken(InMemoryTracker):
         def log(self, metrics, *, step):
@@ -408,6 +413,7 @@ def test_a_callback_added_later_keeps_its_own_function_and_trackers(tmp_path):
     assert first.monitor is None
 
 
+@pytest.mark.usefixtures("pictures")
 def test_training_twice_leaves_no_thread_behind(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "log"))

@@ -24,6 +24,8 @@ from incoherence_monitor.trackers import InMemoryTracker
 
 from .test_monitor import CONFIG, drive, grow_one_head
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 LAYOUT = Layout((LayerInfo("model.layers.0", 0, 4, 2, 16), LayerInfo("model.layers.1", 1, 4, 2, 16)))
 
 

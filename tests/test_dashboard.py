@@ -20,9 +20,11 @@ from incoherence_monitor.verdict import Verdict
 
 from .test_monitor import drive, grow_one_head
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.fixture(scope="module")
-def watched():
+def watched(no_pictures):
     tracker = InMemoryTracker()
     with IncoherenceMonitor(every=1, config=MonitorConfig(window=32), trackers=[tracker]) as monitor:
         drive(monitor, range(60), change=grow_one_head, key_heads=4)

@@ -18,6 +18,8 @@ from incoherence_monitor.trackers import InMemoryTracker
 
 from .models import WITHOUT_WINDOWS
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 CONFIG = MonitorConfig(window=32)
 
 

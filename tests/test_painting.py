@@ -52,6 +52,25 @@ def test_another_process_draws_what_this_one_would():
         np.testing.assert_array_equal(file, here)
 
 
+@pytest.mark.skipif(not hasattr(os, "nice"), reason="no process can step back here")
+def test_the_process_steps_back_until_training_is_over(monkeypatch):
+    started, painter, popen = [], painting.Painter(), subprocess.Popen
+
+    def start(command, **how):
+        started.append(command[1:])
+        return popen(command, **how)
+
+    monkeypatch.setattr(process.subprocess, "Popen", start)
+    program = f"import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path({canvas.__file__!r}, run_name='__main__')"
+    asked = [sys.executable, "-c", f"{program}; import os; print(os.nice(0), file=sys.stderr)"]
+    for hurry, steps_back in ((False, canvas.NICE), (True, 0)):
+        if hurry:
+            painter.hurry(600.0)
+        assert len(painter.painted([field()])) == 1
+        told = subprocess.run([*asked, *started[-1]], input=pickle.dumps([]), capture_output=True, check=True)
+        assert int(told.stderr.split()[-1]) - os.nice(0) == steps_back
+
+
 def test_the_process_imports_neither_torch_nor_this_package():
     """Torch alone would take longer than the drawing, and more memory than a monitor may."""
     told = subprocess.run(

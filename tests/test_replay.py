@@ -16,6 +16,8 @@ from incoherence_monitor.stats import DEFAULT_RECORDED
 
 from .test_monitor import CONFIG, drive, grow_one_head, queries_and_keys
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def break_much(step, layer, query, key):
     """One head drifts, then one runs away, then one is not finite."""

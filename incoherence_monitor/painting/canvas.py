@@ -29,8 +29,8 @@ MARK, MARK_BORDER = "black", "white"
 """A drifting head's frame: seen on every colour of all maps."""
 LEAST_FRAME = 0.035
 """Least side of a frame as a share of its panel's, so that it is seen among many heads."""
-NICE = 10
-"""How far the program steps back behind others: training may have the core."""
+ASIDE, NICE = "aside", 10
+"""The program's argument to step back behind others, and how far: training may have the core."""
 ANSWER = b"\0incoherence_monitor pictures\0"
 """Stands before the answer of the program."""
 _COLUMNS = 4
@@ -194,7 +194,7 @@ def _field(sheet: Field) -> Figure:
 
 def _main() -> None:
     """Draw what comes in."""
-    if hasattr(os, "nice"):
+    if ASIDE in sys.argv[1:] and hasattr(os, "nice"):
         os.nice(NICE)
     pictures = [to_pixels(draw(sheet)) for sheet in pickle.load(sys.stdin.buffer)]
     sys.stdout.buffer.write(ANSWER + pickle.dumps([(pixels, to_png(pixels)) for pixels in pictures]))

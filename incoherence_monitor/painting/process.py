@@ -3,7 +3,7 @@
 matplotlib is Python, and Python runs one thread at a time: while another thread draws, each operation that training
 launches waits for it, up to 5 ms. A step of a thousand operations would take seconds. So what is to be drawn goes to
 another process, as plain arrays, and comes back as pixels; it knows neither torch nor the user's code, and steps back
-behind whatever else wants the core.
+behind whatever else wants the core, until training is over and somebody waits.
 
 Layer 1: imports canvas and errors.
 """
@@ -63,7 +63,7 @@ class Painter:
         self._last = float("inf")
 
     def hurry(self, seconds: float) -> None:
-        """Give up, in so many seconds from now, what is not drawn by then and whatever comes later."""
+        """Step back behind nobody from now on, and give up in so many seconds what is not drawn by then."""
         self._last = time.monotonic() + seconds
 
     def painted(self, sheets: Sequence[Sheet]) -> list[Painted]:
@@ -100,7 +100,7 @@ class Painter:
     def _run(self, given: bytes) -> tuple[bytes, bytes, int]:
         """What the process says, what it answers, and its exit status."""
         ends = min(time.monotonic() + LONGEST, self._last)
-        process = _start()
+        process = _start(aside=self._last == float("inf"))
         rest: bytes | None = given
         while True:
             try:
@@ -114,7 +114,7 @@ class Painter:
                 raise RuntimeError("the process that draws pictures took too long and was given up")
 
 
-def _start() -> subprocess.Popen[bytes]:
+def _start(*, aside: bool = True) -> subprocess.Popen[bytes]:
     frozen = getattr(sys, "frozen", False) or "py" not in Path(sys.executable or "").name.lower()
     if frozen or not Path(canvas.__file__).is_file():
         raise RuntimeError(
@@ -130,10 +130,9 @@ def _start() -> subprocess.Popen[bytes]:
     if sys.platform == "win32":
         apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
     pipe = subprocess.PIPE
+    command = [sys.executable, canvas.__file__, *([canvas.ASIDE] if aside else [])]
     with _STARTING:
-        return subprocess.Popen(
-            [sys.executable, canvas.__file__], stdin=pipe, stdout=pipe, stderr=pipe, env=environment, **apart
-        )
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, **apart)
 
 
 def draw_here(sheet: Sheet, what: str) -> Figure:
