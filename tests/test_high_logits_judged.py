@@ -45,6 +45,10 @@ def test_the_rule_turns_a_page_into_a_warning_and_is_put_back(folder):
     now, before = high_logits.sound_rows([told])
     assert (now["nothing broken"], now["runs"], now["samples"]) == ("healthy, control round", 1, SAMPLES)
     assert (now["alerts"], now["critical"], before["alerts"], before["critical"]) == (1, 0, 1, 1)
+    promised = high_logits.promised_rows([told])
+    assert [row["promised"] for row in promised] == [100, 200, 500, 1000]
+    assert all(row["alerts"] >= 1 and row["samples judged"] == promised[0]["samples judged"] for row in promised)
+    assert 0 < promised[0]["samples judged"] < SAMPLES
     assert high_logits.fault_rows([told]) == []
     assert high_logits.changed_rows([told]) == [
         {"run": folder[1].name, f"critical, {NOW}": "none", f"critical, {BEFORE}": at}
